@@ -1,0 +1,69 @@
+"""The command line: one command a verb, made from the verb's own signature."""
+
+import dataclasses
+import functools
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from fourge.errors import InputError
+from fourge.quantize import quantize
+from fourge.report.text import quantize_summary
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _fourge() -> None:
+    """BF16 language models of any size to verified NVFP4 checkpoints, on one ordinary machine."""
+
+
+def _command(verb: Callable[..., Any], show: Callable[[Any], str], exit_code: Callable[[Any], int]) -> None:
+    """Registers `verb` as a command with `--json` added; `show` makes the text for people."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, json_output: bool, **options: Any) -> None:
+        result = verb(*args, **options)
+        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else show(result))
+        raise typer.Exit(exit_code(result))
+
+    own = inspect.Parameter(
+        "json_output",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")],
+    )
+    signature = inspect.signature(verb)
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), own], return_annotation=None
+    )
+    run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    app.command(verb.__name__)(run)
+
+
+_command(quantize, quantize_summary, lambda result: 0)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 verification failed, 2 for what the user can mend and for Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except InputError as error:
+        print(f"fourge: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        print(f"\nfourge: stopped; what was committed is kept. Continue with: {command}", file=sys.stderr)
+        sys.exit(2)

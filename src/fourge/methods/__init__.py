@@ -1,0 +1,16 @@
+"""Methods by name: each turns the weights of a group and its calibration statistics into NVFP4, one file each."""
+
+from collections.abc import Mapping
+
+from fourge.errors import InputError
+from fourge.methods.base import Method
+from fourge.methods.max import Max
+
+METHODS: Mapping[str, Method] = {"max": Max()}
+
+
+def find_method(name: str) -> Method:
+    """The method called `name`; InputError lists the known ones."""
+    if name not in METHODS:
+        raise InputError(f"--method {name} is not known; known are: {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,23 @@
+"""What every method gets and gives."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fourge.methods.observe import InputStatistics
+from fourge.nvfp4.quantize import QuantizedWeight
+
+
+class Method(Protocol):
+    """Quantizes the weights of one group of Linears that share an input."""
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
+    ) -> dict[str, QuantizedWeight]:
+        """`weights`: name → `[N, K]` in the source's dtype; `statistics`: the shared input's, None without data.
+
+        All members get one global scale. Anything out of the ordinary (a fallback, a degenerate input) is
+        appended to `events`. Entries may be taken out of `weights` by the caller afterwards; they are not kept.
+        """
+        ...

@@ -1,0 +1,28 @@
+"""Max calibration, the recipe of the published Hermes-4-405B-NVFP4 card.
+
+The global scale maps the group's largest magnitude to 448 · 6, each group scale maps its 16 values' largest
+magnitude to 6, and every weight is rounded to the nearest: no calibration data enters.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourge.methods.observe import InputStatistics
+from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight
+
+
+class Max:
+    """See the head of this file."""
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
+    ) -> dict[str, QuantizedWeight]:
+        """One global scale from the members' largest magnitude; see `Method.quantize_group`."""
+        largest = torch.stack([amax(weight) for weight in weights.values()]).max()
+        if largest == 0:
+            events.append({"event": "all weights are zero", "linears": list(weights)})
+        scale = global_scale(largest)
+        return {name: quantize_weight(weight, scale) for name, weight in weights.items()}

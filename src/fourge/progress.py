@@ -1,0 +1,145 @@
+"""What a long run shows: one bar on a terminal, one plain line a step elsewhere; the facts also go to a JSON log."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+MEGA = 1e6
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def format_seconds(seconds: float) -> str:
+    """`45s`, `12m30s`, `3h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def format_bytes(count: float) -> str:
+    """Decimal units, as disks and cards count: `812.0 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+class WalkProgress:
+    """Progress of one walk of `num_steps` steps, of which `done` were committed before.
+
+    Work is counted in `units` of equal cost (a layer's micro-batches, a file's blocks) within a step; the ETA
+    follows from the steps finished in this run and the share of the one under way.
+    """
+
+    def __init__(
+        self, title: str, num_steps: int, done: int = 0, log: Path | None = None, stream: TextIO | None = None
+    ) -> None:
+        self._title, self._num_steps, self._first = title, num_steps, done
+        self._done, self._share = done, 0.0
+        self._stream = stream or sys.stderr
+        self._log = log
+        self._began = time.monotonic()
+        self._step_began = self._began
+        self._tokens, self._bytes = 0, 0
+        self._step_tokens, self._step_bytes = 0, 0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        if self._stream.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                console=Console(file=self._stream),
+            )
+            self._task = self._bar.add_task(self._title, total=self._num_steps, completed=self._done, facts="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds to the end at this run's pace; None before anything was done."""
+        here = self._done - self._first + self._share
+        if here <= 0:
+            return None
+        return (time.monotonic() - self._began) / here * (self._num_steps - self._done - self._share)
+
+    def advance(self, share: float, *, tokens: int = 0, read: int = 0) -> None:
+        """Adds a share (0 to 1) of the step under way, tokens run through it and bytes read."""
+        self._share = min(1.0, self._share + share)
+        self._tokens += tokens
+        self._bytes += read
+        self._step_tokens += tokens
+        self._step_bytes += read
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done + self._share, facts=self._facts())
+
+    def _facts(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        parts = [f"{self._done}/{self._num_steps}"]
+        if self._tokens:
+            parts.append(f"{self._tokens / seconds:,.0f} tok/s")
+        parts.append(f"{self._bytes / seconds / MEGA:,.0f} MB/s")
+        parts.append(f"RSS {format_bytes(resident_bytes())}")
+        eta = self.eta_seconds
+        parts.append("ETA …" if eta is None else f"ETA {format_seconds(eta)}")
+        return " · ".join(parts)
+
+    def finish_step(self, name: str, facts: str, record: dict[str, Any]) -> None:
+        """Ends a step: a line for people, `record` with times and rates for the log."""
+        now = time.monotonic()
+        seconds = now - self._step_began
+        self._done, self._share, self._step_began = self._done + 1, 0.0, now
+        line = f"{name}  {facts}  {format_seconds(seconds)}".rstrip()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, facts=self._facts())
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(f"{self._title} {self._facts()} | {line}", file=self._stream, flush=True)
+        if self._log is not None:
+            entry = record | {
+                "name": name,
+                "seconds": round(seconds, 4),
+                "tokens": self._step_tokens,
+                "bytes_read": self._step_bytes,
+                "resident_bytes": resident_bytes(),
+                "eta_seconds": self.eta_seconds,
+                "time": time.time(),
+            }
+            with self._log.open("a") as file:
+                file.write(json.dumps(entry, sort_keys=True) + "\n")
+        self._step_tokens, self._step_bytes = 0, 0
+
+
+@contextmanager
+def announced(title: str, stream: TextIO | None = None) -> Iterator[None]:
+    """Says what is being done and how long it took, for work whose length is not known beforehand."""
+    stream = stream or sys.stderr
+    began = time.monotonic()
+    print(f"{title} …", file=stream, flush=True)
+    yield
+    print(f"{title}: {format_seconds(time.monotonic() - began)}", file=stream, flush=True)

@@ -1,0 +1,55 @@
+"""What a run was asked to do, resolved once, and which of it a continued run may change."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Scheme = Literal["NVFP4", "NVFP4A16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+
+FREE_ON_CONTINUATION: Mapping[str, str] = {
+    "model": "the source may have moved; its headers are compared instead",
+    "revision": "likewise",
+    "device": "another device rounds sums differently; the file stays valid, byte identity needs the same device",
+    "threads": "likewise: how sums are split follows the number of threads",
+}
+"""Settings that may differ when a job is continued, and why. Every other one is part of the fingerprint."""
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """The resolved settings of `fourge quantize`; field names are the options' names."""
+
+    model: str
+    revision: str | None
+    scheme: Scheme
+    method: str
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    calibration: str
+    probe: str | None
+    num_calibration_samples: int
+    num_probe_samples: int
+    max_seq_length: int
+    seed: int
+    input_headroom: float
+    micro_batch_tokens: int
+    compute_dtype: str
+    device: str
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values (tuples become lists)."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The part that a continued run must share, keyed by option name."""
+        return {key: value for key, value in self.to_json().items() if key not in FREE_ON_CONTINUATION}
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first key, in sorted order, under which two fingerprints differ; None when they are equal."""
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            return key
+    return None

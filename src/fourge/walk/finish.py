@@ -1,0 +1,40 @@
+"""The last act of a job: config, the files beside the weights, then the index that makes it a checkpoint."""
+
+from typing import Any
+
+from fourge.checkpoint.compressed_tensors import with_quantization
+from fourge.checkpoint.durable import copy_file, write_json
+from fourge.checkpoint.layout import Layout
+from fourge.checkpoint.reader import Checkpoint
+from fourge.checkpoint.writer import index_json
+from fourge.settings import Scheme
+from fourge.walk.job import Job, shard_name
+
+
+def finish_checkpoint(
+    job: Job, source: Checkpoint, layout: Layout, scheme: Scheme, data: dict[str, Any] | None
+) -> None:
+    """Writes what is left of the output directory. `data` is the token sets' provenance, kept in job.json."""
+    from fourge.checkpoint.header import read_header
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for step in range(layout.num_steps):
+        shard = shard_name(step, layout.num_steps)
+        tensors, _ = read_header(job.output / shard)
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(info.nbytes for info in tensors.values())
+
+    def write_rest() -> None:
+        for path in source.sidecars():
+            copy_file(path, job.output / path.name)
+        write_json(job.output / "config.json", with_quantization(source.config, scheme, layout.kept))
+
+    events = [{"step": layout.step_name(i)} | event for i, record in enumerate(job.records) for event in record.events]
+    result = {
+        "fidelity": job.records[-1].measures.get("fidelity"),
+        "data": data,
+        "dropped_tensors": list(layout.dropped),
+        "events": events,
+    }
+    job.finish(result, index_json(weight_map, total), write_rest)

@@ -1,0 +1,102 @@
+"""Hidden states between two layers: one file of rows, read and written a micro-batch at a time.
+
+Plain reads and writes instead of a memory map: the page cache holds the same pages either way, but mapped ones
+count as this process's memory, and the walk promises how much that is.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class HiddenLayout:
+    """The shape of every hidden-state file of a walk: `rows` tokens of `width` values of `dtype`."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+class HiddenFile:
+    """An open hidden-state file. Rows are token positions; `read` and `write` move whole rows."""
+
+    def __init__(self, path: Path, layout: HiddenLayout, *, create: bool) -> None:
+        self.path = path
+        self.layout = layout
+        self._checksum = 0
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if create else os.O_RDONLY, 0o644)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows `[start, stop)` as `[stop - start, width]` on the CPU."""
+        rows = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
+        view = memoryview(rows.view(torch.uint8).numpy()).cast("B")
+        offset = start * self.layout.row_bytes
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            assert count > 0, f"{self.path} ended before row {stop}"
+            view = view[count:]
+            offset += count
+        return rows
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Puts `rows` `[n, width]` at `start`; each row is to be written once, for the checksum adds them up."""
+        assert rows.shape[1] == self.layout.width
+        data = rows.to(device="cpu", dtype=self.layout.dtype).contiguous().view(torch.uint8).numpy().reshape(-1)
+        self._checksum = (self._checksum + checksum_bytes(data)) % (1 << 64)
+        view = memoryview(data)
+        offset = start * self.layout.row_bytes
+        while view:
+            count = os.pwrite(self._descriptor, view, offset)
+            view = view[count:]
+            offset += count
+
+    def finish(self) -> int:
+        """Makes what was written durable; returns the checksum of all rows."""
+        os.fsync(self._descriptor)
+        return self._checksum
+
+
+def checksum_bytes(data: np.ndarray) -> int:
+    """Sum of a byte array's 32-bit words modulo 2^64. Rows are multiples of 4 bytes.
+
+    Not a cryptographic digest: it is there to notice a truncated, zeroed or flipped page at the speed of memory
+    (a SHA-256 of the hidden states would cost a GPU walk more than its arithmetic). It does not depend on the
+    order in which micro-batches are written.
+    """
+    return int(data.view(np.uint32).sum(dtype=np.uint64))
+
+
+def checksum_file(path: Path, layout: HiddenLayout) -> int:
+    """The checksum that `HiddenFile.finish` gave when the file was written."""
+    rows = max(1, _BLOCK_BYTES // layout.row_bytes)
+    total = 0
+    with HiddenFile(path, layout, create=False) as file:
+        for start in range(0, layout.rows, rows):
+            block = file.read(start, min(start + rows, layout.rows))
+            total += checksum_bytes(block.view(torch.uint8).numpy().reshape(-1))
+    return total % (1 << 64)

@@ -1,0 +1,254 @@
+"""The job directory `OUT/.fourge/`: the only truth about how far a run is, safe to kill at any instant.
+
+Commit order of step i (embedding, one a decoder layer, head):
+
+    1. shard i           written as .fourge/shard.tmp, fsync, renamed to OUT/model-…, fsync of the folder
+    2. hidden states     for step i + 1, written as .fourge/hidden.tmp, likewise
+    3. job.json          replaced: from here on step i is committed
+    4. hidden states     of step i deleted
+
+What a crash leaves: before 3, files of step i that nothing refers to, written over by the next run; after 3, at
+most the old hidden states beside the new, deleted by the next run. Both ways exactly one step is the next one.
+`metrics.jsonl` is a log for people (times differ from run to run) and never read for a decision.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fourge.checkpoint.durable import fsync_directory, replace_durably, write_json
+from fourge.errors import InputError
+from fourge.settings import first_difference
+from fourge.walk.hidden import HiddenLayout, checksum_file
+
+FOLDER = ".fourge"
+INDEX = "model.safetensors.index.json"
+_BLOCK = 16 << 20
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What job.json keeps of a committed step: its shard, the hidden states after it, what was measured."""
+
+    shard: str
+    size: int
+    sha256: str
+    hidden_checksum: int | None
+    measures: dict[str, Any]
+    events: list[dict[str, Any]]
+
+
+def shard_name(step: int, num_steps: int) -> str:
+    """`model-00001-of-00128.safetensors` for step 0 of 128."""
+    return f"model-{step + 1:05d}-of-{num_steps:05d}.safetensors"
+
+
+def sha256_file(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file in hexadecimal, read in blocks; `progress` gets the size of each."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+class Job:
+    """An output directory held by this process (an advisory lock that ends with it, however it ends)."""
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self.output = output
+        self.folder = output / FOLDER
+        self.fingerprint = dict(fingerprint)
+        self.settings = dict(settings)
+        self.records: list[StepRecord] = []
+        self.result: dict[str, Any] | None = None
+        self.continued = False
+        self._lock: int | None = None
+
+    # Opening
+
+    def open(self, *, restart: bool = False) -> Self:
+        """Takes the directory: a new job, or the one there continued.
+
+        Raises InputError when it holds something else, when another process holds it, and when the settings, the
+        source or the versions are not those the job began with (the key is named).
+        """
+        self._refuse_foreign()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            if restart:
+                self._clear()
+            if self._manifest.exists():
+                self._load()
+            else:
+                self._save()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _refuse_foreign(self) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"{self.output} is a file; name a new directory with -o")
+        if self.output.is_dir() and not self.folder.is_dir() and any(self.output.iterdir()):
+            raise InputError(f"{self.output} holds other files and no job of ours; name a new directory with -o")
+
+    def _take_lock(self) -> None:
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"{self.output} is being written by another process; wait for it or name another -o") from None
+        self._lock = descriptor
+
+    def _clear(self) -> None:
+        for path in self.output.glob("model-*-of-*.safetensors"):
+            path.unlink()
+        for name in (INDEX, "config.json"):
+            (self.output / name).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _load(self) -> None:
+        try:
+            stored = json.loads(self._manifest.read_text())
+            records = [StepRecord(**record) for record in stored["steps"]]
+            theirs, result = stored["fingerprint"], stored["result"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self._manifest} is damaged ({error}); start over with --restart") from error
+        key = first_difference(self.fingerprint, theirs)
+        if key is not None:
+            raise InputError(
+                f"{self.output} was begun with {key} = {theirs.get(key)!r}, now it is {self.fingerprint.get(key)!r}; "
+                "give the same value to continue, or --restart to start over"
+            )
+        self.records, self.result, self.continued = records, result, True
+
+    def discard(self) -> None:
+        """Takes back a job in which nothing was committed: its folder, and the output if that leaves it empty."""
+        assert not self.records
+        shutil.rmtree(self.folder)
+        if not any(self.output.iterdir()):
+            self.output.rmdir()
+
+    def close(self) -> None:
+        """Gives the directory back. What is not committed is not cleaned up: the next run writes over it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Paths
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "job.json"
+
+    @property
+    def tokens_path(self) -> Path:
+        return self.folder / "tokens.safetensors"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def shard_temporary(self) -> Path:
+        return self.folder / "shard.tmp"
+
+    @property
+    def hidden_temporary(self) -> Path:
+        return self.folder / "hidden.tmp"
+
+    def hidden_path(self, step: int) -> Path:
+        """Where the hidden states lie that step `step` reads."""
+        return self.folder / f"hidden-{step:05d}.bin"
+
+    @property
+    def next_step(self) -> int:
+        return len(self.records)
+
+    @property
+    def finished(self) -> bool:
+        return (self.output / INDEX).exists()
+
+    # Committing
+
+    def commit(self, record: StepRecord) -> None:
+        """Commits step `next_step` from the two temporary files, in the order at the head of this file."""
+        step = self.next_step
+        replace_durably(self.shard_temporary, self.output / record.shard)
+        if record.hidden_checksum is not None:
+            replace_durably(self.hidden_temporary, self.hidden_path(step + 1))
+        self.records.append(record)
+        self._save()
+        self.hidden_path(step).unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        write_json(
+            self._manifest,
+            {
+                "settings": self.settings,
+                "fingerprint": self.fingerprint,
+                "steps": [vars(record) for record in self.records],
+                "result": self.result,
+            },
+        )
+
+    def finish(self, result: dict[str, Any], index: dict[str, Any], write_rest: Callable[[], None]) -> None:
+        """Records the result, lets `write_rest` put config and sidecar files down, then the index: finished."""
+        self.result = result
+        self._save()
+        write_rest()
+        write_json(self.output / INDEX, index)
+        self.remove_leftovers()
+        self.hidden_path(self.next_step).unlink(missing_ok=True)
+        fsync_directory(self.folder)
+
+    # Continuing
+
+    def check_committed(self, hidden: HiddenLayout | None, progress: Callable[[int], None]) -> None:
+        """Reads back every committed shard and the hidden states that come next; InputError names what is wrong."""
+        mend = "the job cannot go on from here: start over with --restart"
+        for record in self.records:
+            path = self.output / record.shard
+            if not path.is_file():
+                raise InputError(f"{path} was committed and is gone; {mend}")
+            if path.stat().st_size != record.size:
+                raise InputError(f"{path} has {path.stat().st_size} bytes, {record.size} were committed; {mend}")
+            if sha256_file(path, progress) != record.sha256:
+                raise InputError(f"{path} is not what was committed (its SHA-256 differs); {mend}")
+        if not self.records or hidden is None or self.records[-1].hidden_checksum is None:
+            return
+        path = self.hidden_path(self.next_step)
+        if not path.is_file():
+            raise InputError(f"{path} was committed and is gone; {mend}")
+        if path.stat().st_size != hidden.nbytes:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, {hidden.nbytes} were committed; {mend}")
+        if checksum_file(path, hidden) != self.records[-1].hidden_checksum:
+            raise InputError(f"{path} is not what was committed (its checksum differs); {mend}")
+
+    def remove_leftovers(self) -> None:
+        """Deletes what a killed run left: temporary files and hidden states other than the next step's."""
+        for path in self.folder.iterdir():
+            stale = path.name.startswith("hidden-") and path != self.hidden_path(self.next_step)
+            if stale or path.suffix == ".tmp":
+                path.unlink()

@@ -1,0 +1,64 @@
+"""One decoder layer of one lane: transformers' module, with its Linears reading weights as they are stored."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fourge.nvfp4.quantize import QuantizedWeight
+from fourge.walk.linear import InputSite, LaneLinear
+from fourge.walk.skeleton import Skeleton
+
+StoredWeights = Mapping[str, Tensor | QuantizedWeight]
+"""The tensors of one layer by name relative to it: `self_attn.q_proj.weight`, `input_layernorm.weight`, …"""
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Replaces parameters of a meta module by `tensors` (same names, same shapes), cast to `dtype`."""
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        parameter = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        setattr(module.get_submodule(owner), attribute, parameter)
+
+
+class LaneLayer:
+    """Decoder layer `index` with `weights`; `sites` names, per group, what happens to its shared input.
+
+    Runs `[batch, length, hidden]` to the same shape, in the dtype of what it is given. A group without a site
+    passes its input on unchanged.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        weights: StoredWeights,
+        dtype: torch.dtype,
+        sites: Mapping[str, InputSite] | None = None,
+    ) -> None:
+        self._skeleton = skeleton
+        self._index = index
+        self._sites: list[InputSite] = []
+        self._module = skeleton.new_layer(index)
+        rest = dict(weights)
+        for group in skeleton.architecture.groups:
+            site = (sites or {}).get(group.name, InputSite())
+            self._sites.append(site)
+            for name in group.linears:
+                bias = rest.pop(f"{name}.bias", None)
+                assert not isinstance(bias, QuantizedWeight)
+                linear = LaneLinear(rest.pop(f"{name}.weight"), None if bias is None else bias.to(dtype), site)
+                parent, _, attribute = name.rpartition(".")
+                setattr(self._module.get_submodule(parent), attribute, linear)
+        fill(self._module, {name: t for name, t in rest.items() if isinstance(t, Tensor)}, dtype)
+        left = [name for name, parameter in self._module.named_parameters() if parameter.is_meta]
+        assert not left, f"layer {index} was given no {left}"
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        arguments = self._skeleton.layer_arguments(self._index, hidden)
+        output = self._module(hidden, **arguments)
+        for site in self._sites:
+            site.forget()
+        assert isinstance(output, Tensor)
+        return output

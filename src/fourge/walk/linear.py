@@ -1,0 +1,68 @@
+"""A Linear as a lane holds it: the weight stays in its stored form and is widened a block of rows at a time.
+
+That is what keeps the walk's memory at one layer in the source's own dtype: an FP32 copy of a whole layer would be
+two layers more. The sum over K is never split, so the blocks change nothing but where the output is written.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight, fake_quantize
+
+ROWS_BYTES = 32 << 20
+
+
+class InputSite:
+    """The input that the Linears of a group share: seen by an observer, quantized in the nvfp4 lane, once for all.
+
+    `global_scale` (FP32 divisor, `[1]`) switches the dynamic quantization of the activations on; `observe` is
+    called with the input `[..., K]` as it comes, before any quantization.
+    """
+
+    def __init__(
+        self, global_scale: Tensor | None = None, observe: Callable[[Tensor], None] | None = None
+    ) -> None:
+        self.global_scale = global_scale
+        self.observe = observe
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._seen is None or self._seen[0] is not x:
+            if self.observe is not None:
+                self.observe(x)
+            self._seen = (x, x if self.global_scale is None else fake_quantize(x, self.global_scale))
+        return self._seen[1]
+
+    def forget(self) -> None:
+        """Lets go of the last input, which is otherwise kept for the next member of the group."""
+        self._seen = None
+
+
+class LaneLinear(nn.Module):
+    """`y = site(x) Wᵀ + b` in `x`'s dtype, for W stored as a float tensor or as NVFP4, both `[N, K]`."""
+
+    def __init__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, site: InputSite) -> None:
+        super().__init__()
+        self.stored = weight
+        self.bias = bias
+        self.site = site
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.stored, QuantizedWeight):
+            return dequantize_weight(self.stored, rows, dtype)
+        return self.stored[rows].to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.site(x)
+        out_features, in_features = self.stored.shape
+        step = max(1, ROWS_BYTES // (in_features * x.element_size()))
+        if step >= out_features:
+            return nn.functional.linear(x, self._rows(slice(None), x.dtype), self.bias)
+        y = x.new_empty(*x.shape[:-1], out_features)
+        for start in range(0, out_features, step):
+            rows = slice(start, min(start + step, out_features))
+            bias = None if self.bias is None else self.bias[rows]
+            y[..., rows] = nn.functional.linear(x, self._rows(rows, x.dtype), bias)
+        return y

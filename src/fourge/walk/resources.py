@@ -1,0 +1,92 @@
+"""What a quantization needs and what the machine has: said, and refused, before anything is done."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fourge.checkpoint.layout import Layout
+from fourge.checkpoint.reader import Checkpoint
+from fourge.checkpoint.writer import safetensors_size
+from fourge.errors import InputError
+from fourge.progress import format_bytes, resident_bytes
+from fourge.settings import Scheme
+from fourge.walk.hidden import HiddenLayout
+
+_WORKING_BYTES = 200 << 20
+"""Blocks of rows, I/O buffers and the allocator's slack, whatever the model's size."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run takes at its largest."""
+
+    output: int
+    hidden: int
+    layer: int
+    micro_batch: int
+
+    @property
+    def disk(self) -> int:
+        """The output, and the hidden states of two layers at once."""
+        return self.output + 2 * self.hidden
+
+    @property
+    def memory(self) -> int:
+        """One layer in the source's dtype with its largest group quantized beside it, a micro-batch, and slack."""
+        return int(1.3 * self.layer) + self.micro_batch + _WORKING_BYTES
+
+
+def estimate_needs(
+    layout: Layout, source: Checkpoint, scheme: Scheme, hidden: HiddenLayout, longest_batch: int
+) -> Needs:
+    """The needs of a run whose longest micro-batch has `longest_batch` tokens (0 for none)."""
+    output = sum(
+        safetensors_size(layout.output_specs(step, source.tensors, scheme)) for step in range(layout.num_steps)
+    )
+    layer = max(sum(source.tensors[name].nbytes for name in names) for names in layout.steps[1:-1])
+    widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
+    # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
+    micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
+    return Needs(output, hidden.nbytes, layer, micro_batch)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the system has free, or what a control group leaves of it."""
+    available = int(psutil.virtual_memory().available)
+    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and usage.is_file():
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, int(text) - int(usage.read_text()))
+    return available
+
+
+def require_resources(needs: Needs, output: Path, device: torch.device, already_written: int) -> None:
+    """Raises InputError, naming what is needed and what there is, when disk or memory will not do."""
+    existing = output
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    disk = max(0, needs.disk - already_written)
+    if free < disk:
+        raise InputError(
+            f"{output}: {format_bytes(disk)} of disk are needed ({format_bytes(needs.output)} for the checkpoint, "
+            f"{format_bytes(2 * needs.hidden)} for hidden states), {format_bytes(free)} are free; "
+            "free some, or name another -o"
+        )
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{output} cannot be written to; name another -o")
+    if device.type == "cuda":
+        have, where = torch.cuda.mem_get_info(device)[0], f"on {device}"
+    else:
+        have, where = available_memory(), "of memory"
+    if have < needs.memory:
+        raise InputError(
+            f"{format_bytes(needs.memory)} {where} are needed for one layer and a micro-batch "
+            f"(beside the {format_bytes(resident_bytes())} in use), {format_bytes(have)} are there; "
+            "free some, or lower --micro-batch-tokens and --max-seq-length"
+        )

@@ -1,0 +1,228 @@
+"""What a quantization does at each step of the walk: the embedding, a decoder layer, the head.
+
+A step writes two temporary files, the output shard and the next hidden states, and gives the record to commit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourge.checkpoint import compressed_tensors
+from fourge.checkpoint.compressed_tensors import QuantizedLinear
+from fourge.checkpoint.layout import Layout
+from fourge.checkpoint.reader import require_finite
+from fourge.checkpoint.writer import Copied, write_safetensors
+from fourge.methods.base import Method
+from fourge.methods.observe import InputStatistics, input_global_scale
+from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight
+from fourge.progress import WalkProgress
+from fourge.settings import QuantizeSettings
+from fourge.walk.hidden import HiddenFile
+from fourge.walk.job import Job, StepRecord, shard_name
+from fourge.walk.layer import LaneLayer
+from fourge.walk.linear import InputSite
+from fourge.walk.walk import Walk
+
+_ROWS_VALUES = 4 << 20
+
+
+@dataclass
+class StepOutput:
+    """What a step found out: tensors for its shard beside the copied ones, measures, events, a line for people."""
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    measures: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    facts: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizingWalk:
+    """A walk that quantizes: runs one step at a time for a job. Holds no state between steps but the files."""
+
+    walk: Walk
+    layout: Layout
+    settings: QuantizeSettings
+    method: Method
+
+    def run(self, job: Job, progress: WalkProgress) -> None:
+        """Runs and commits every step that is left."""
+        for step in range(job.next_step, self.layout.num_steps):
+            output, checksum = self._step(step, job, progress)
+            shard = shard_name(step, self.layout.num_steps)
+            written = write_safetensors(job.shard_temporary, self._entries(step, output.linears))
+            job.commit(
+                StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events)
+            )
+            progress.finish_step(self.layout.step_name(step), output.facts, {"step": step} | output.measures)
+
+    def _step(self, step: int, job: Job, progress: WalkProgress) -> tuple[StepOutput, int | None]:
+        last = step == self.layout.num_steps - 1
+        if not self.walk.streams:
+            return (StepOutput() if step == 0 or last else self._layer(step - 1, None, None, progress)), None
+        if last:
+            with HiddenFile(job.hidden_path(step), self.walk.hidden_layout, create=False) as source:
+                return self._head(source, progress), None
+        with HiddenFile(job.hidden_temporary, self.walk.hidden_layout, create=True) as target:
+            if step == 0:
+                output = self._embedding(target, progress)
+            else:
+                with HiddenFile(job.hidden_path(step), self.walk.hidden_layout, create=False) as source:
+                    output = self._layer(step - 1, source, target, progress)
+            return output, target.finish()
+
+    def _entries(self, step: int, linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor | Copied]:
+        entries: dict[str, Tensor | Copied] = {}
+        for name in self.layout.steps[step]:
+            linear = name.removesuffix(".weight")
+            if linear in linears:
+                stored = compressed_tensors.tensors(linear, linears[linear])
+                entries |= {key: tensor.cpu() for key, tensor in stored.items()}
+            else:
+                entries[name] = Copied(self.walk.source, name)
+        return entries
+
+    def _embedding(self, target: HiddenFile, progress: WalkProgress) -> StepOutput:
+        self.walk.embed(target, lambda share, tokens: progress.advance(share, tokens=tokens))
+        return StepOutput()
+
+    def _head(self, source: HiddenFile, progress: WalkProgress) -> StepOutput:
+        if self.walk.stream("probe", "nvfp4") is None:
+            return StepOutput()
+        fidelity = self.walk.fidelity(source, "probe", lambda share, _: progress.advance(share))
+        return StepOutput(measures={"fidelity": asdict(fidelity)}, facts=f"KL {fidelity.kl_div}")
+
+    # One decoder layer
+
+    def _layer(
+        self, layer: int, source: HiddenFile | None, target: HiddenFile | None, progress: WalkProgress
+    ) -> StepOutput:
+        output = StepOutput()
+        weights = self._read(layer, progress)
+        statistics = {group.name: InputStatistics() for group in self.layout.groups(layer)}
+        if source is not None and target is not None:
+            self._run_bf16(layer, weights, statistics, source, target, progress)
+        calibrated = self.walk.stream("calibration", "bf16") is not None
+        linears = self._quantize(layer, weights, statistics if calibrated else None, output)
+        prefix = self.layout.architecture.layer_prefix(layer)
+        output.linears = {prefix + name: linear for name, linear in linears.items()}
+        errors = [linear["weight_error"] for linear in output.measures["linears"].values()]
+        output.facts = f"weight error {max(errors):.4f}" if errors else "kept"
+        if source is not None and target is not None and self.walk.stream("probe", "nvfp4") is not None:
+            self._run_nvfp4(layer, weights, linears, source, target, progress)
+            error = self.walk.relative_error(target, "probe")
+            output.measures["hidden_error"] = asdict(error)
+            output.facts += f"  hidden error {error}"
+        return output
+
+    def _read(self, layer: int, progress: WalkProgress) -> dict[str, Tensor | QuantizedWeight]:
+        prefix = self.layout.architecture.layer_prefix(layer)
+        weights: dict[str, Tensor | QuantizedWeight] = {}
+        for name in self.layout.steps[layer + 1]:
+            info = self.walk.source.tensors[name]
+            tensor = self.walk.source.read(name)
+            require_finite(tensor, info)
+            weights[name.removeprefix(prefix)] = tensor.to(self.walk.device)
+            progress.advance(0.0, read=info.nbytes)
+        return weights
+
+    def _share(self, num_tokens: int) -> float:
+        """The part of a layer's step that a stream of `num_tokens` is."""
+        return num_tokens / self.walk.hidden_layout.rows
+
+    def _run_bf16(
+        self,
+        layer: int,
+        weights: Mapping[str, Tensor | QuantizedWeight],
+        statistics: Mapping[str, InputStatistics],
+        source: HiddenFile,
+        target: HiddenFile,
+        progress: WalkProgress,
+    ) -> None:
+        # Observers sit in the layer that the calibration set runs through and in no other: the probe decides nothing.
+        watched = {name: InputSite(observe=seen.observe) for name, seen in statistics.items()}
+        for name, sites in (("calibration", watched), ("probe", {})):
+            stream = self.walk.stream(name, "bf16")
+            if stream is not None:
+                part = self._share(stream.num_tokens)
+                lane = LaneLayer(self.walk.skeleton, layer, weights, self.walk.dtype, sites)
+                self.walk.run(
+                    lane, stream, source, target, lambda share, n, part=part: progress.advance(share * part, tokens=n)
+                )
+
+    def _quantize(
+        self,
+        layer: int,
+        weights: dict[str, Tensor | QuantizedWeight],
+        statistics: Mapping[str, InputStatistics] | None,
+        output: StepOutput,
+    ) -> dict[str, QuantizedLinear]:
+        """Quantizes every group, taking its source weights out of `weights` so that they are freed."""
+        linears: dict[str, QuantizedLinear] = {}
+        measured = output.measures["linears"] = {}
+        for group in self.layout.groups(layer):
+            seen = None if statistics is None else statistics[group.name]
+            held = {name: weights.pop(f"{name}.weight") for name in group.linears}
+            sources = {name: weight for name, weight in held.items() if isinstance(weight, Tensor)}
+            quantized = self.method.quantize_group(sources, seen, output.events)
+            input_scale = None
+            if seen is not None and self.settings.scheme == "NVFP4":
+                input_scale = input_global_scale(seen, self.settings.input_headroom)
+                if seen.amax == 0:
+                    output.events.append({"event": "input is always zero", "group": group.name})
+            for name, weight in quantized.items():
+                linears[name] = QuantizedLinear(weight, input_scale)
+                measured[name] = {"weight_error": relative_weight_error(sources[name], weight)}
+                if seen is not None:
+                    measured[name] |= {"input_amax": float(seen.amax), "tokens": seen.tokens}
+        return linears
+
+    def _run_nvfp4(
+        self,
+        layer: int,
+        kept: Mapping[str, Tensor | QuantizedWeight],
+        linears: Mapping[str, QuantizedLinear],
+        source: HiddenFile,
+        target: HiddenFile,
+        progress: WalkProgress,
+    ) -> None:
+        stream = self.walk.stream("probe", "nvfp4")
+        assert stream is not None
+        lane = nvfp4_layer(self.walk, self.layout, layer, kept, linears)
+        part = self._share(stream.num_tokens)
+        self.walk.run(lane, stream, source, target, lambda share, n: progress.advance(share * part, tokens=n))
+
+
+def nvfp4_layer(
+    walk: Walk,
+    layout: Layout,
+    layer: int,
+    kept: Mapping[str, Tensor | QuantizedWeight],
+    linears: Mapping[str, QuantizedLinear],
+) -> LaneLayer:
+    """The layer as engines run it: quantized weights, inputs quantized by the group's `input_global_scale`.
+
+    `kept` are the layer's other tensors and `linears` its quantized ones, both by name relative to the layer.
+    """
+    weights = dict(kept) | {f"{name}.weight": linear.weight for name, linear in linears.items()}
+    sites = {}
+    for group in layout.groups(layer):
+        scale = linears[group.linears[0]].input_global_scale
+        sites[group.name] = InputSite(global_scale=None if scale is None else scale.to(walk.device))
+    return LaneLayer(walk.skeleton, layer, weights, walk.dtype, sites)
+
+
+def relative_weight_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """‖Ŵ − W‖ / ‖W‖ (Frobenius) for `weight` `[N, K]`; 0 for a weight that is all zero."""
+    difference = torch.zeros((), dtype=torch.float64)
+    norm = torch.zeros((), dtype=torch.float64)
+    step = max(1, _ROWS_VALUES // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        source = weight[rows].float()
+        difference += (dequantize_weight(quantized, rows) - source).square().sum(dtype=torch.float64).cpu()
+        norm += source.square().sum(dtype=torch.float64).cpu()
+    return float((difference / norm).sqrt()) if norm > 0 else 0.0

@@ -1,0 +1,130 @@
+"""The pass itself: token sequences through one layer of one lane, micro-batch by micro-batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourge.checkpoint.reader import Checkpoint, require_finite
+from fourge.errors import InputError
+from fourge.walk.head import Fidelity, compare_heads, summarise
+from fourge.walk.hidden import HiddenFile, HiddenLayout
+from fourge.walk.layer import LaneLayer, fill
+from fourge.walk.skeleton import Skeleton
+from fourge.walk.statistics import Estimate, clustered_mean
+from fourge.walk.streams import Stream
+
+_HEAD_BLOCK_BYTES = 32 << 20
+
+Advance = Callable[[float, int], None]
+"""Told of the share of the whole call that a micro-batch was, and of its tokens."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What stays the same from layer to layer: the model's skeleton, its source, the sequences, the arithmetic."""
+
+    skeleton: Skeleton
+    source: Checkpoint
+    streams: tuple[Stream, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def hidden_layout(self) -> HiddenLayout:
+        rows = self.streams[-1].last_row if self.streams else 0
+        return HiddenLayout(rows, self.skeleton.hidden_size, self.dtype)
+
+    def stream(self, name: str, lane: str) -> Stream | None:
+        """The stream of that name and lane, None when the walk has none."""
+        return next((s for s in self.streams if (s.name, s.lane) == (name, lane)), None)
+
+    def embed(self, target: HiddenFile, advance: Advance) -> None:
+        """Writes every stream's token embeddings: the hidden states that layer 0 reads."""
+        name = f"{self.skeleton.architecture.embedding}.weight"
+        total = sum(stream.num_tokens for stream in self.streams)
+        for stream in self.streams:
+            for batch in stream.batches:
+                tokens = stream.tokens(batch).reshape(-1)
+                target.write(batch.first_row, self.source.gather_rows(name, tokens).to(self.dtype))
+                advance(len(tokens) / total, len(tokens))
+
+    def run(self, layer: LaneLayer, stream: Stream, source: HiddenFile, target: HiddenFile, advance: Advance) -> None:
+        """Runs a stream's rows of `source` through `layer` into the same rows of `target`."""
+        for batch in stream.batches:
+            rows = source.read(batch.first_row, batch.last_row).to(self.device)
+            output = layer(rows.view(batch.count, batch.length, -1)).reshape(rows.shape)
+            if not torch.isfinite(output).all():
+                raise InputError(
+                    f"the {stream.lane} lane's hidden states are not finite after {target.path.name}'s layer: "
+                    f"values of the {stream.name} set leave the range of {self.dtype}; try --compute-dtype float32"
+                )
+            target.write(batch.first_row, output)
+            advance(len(rows) / stream.num_tokens, len(rows))
+
+    def relative_error(self, states: HiddenFile, name: str) -> Estimate:
+        """Mean over tokens of ‖h_nvfp4 − h_bf16‖ / ‖h_bf16‖ between the two lanes' rows of set `name`.
+
+        Per token, because a few tokens (the first of a sequence) carry norms thousands of times the others' and
+        would drown them in a ratio of sums.
+        """
+        bf16, nvfp4 = self._lanes(name)
+        ratios = []
+        for batch in bf16.batches:
+            h = states.read(batch.first_row, batch.last_row).double()
+            shift = nvfp4.first_row - bf16.first_row
+            other = states.read(batch.first_row + shift, batch.last_row + shift).double()
+            norm = h.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+            ratios.append(((other - h).norm(dim=1) / norm).numpy())
+        return clustered_mean(np.concatenate(ratios), _sequence_numbers(bf16))
+
+    def fidelity(self, states: HiddenFile, name: str, advance: Advance) -> Fidelity:
+        """Both lanes' next-token distributions on set `name`, from the last layer's hidden states."""
+        bf16, nvfp4 = self._lanes(name)
+        norm = self.skeleton.new_final_norm()
+        weight = self.source.read(f"{self.skeleton.architecture.final_norm}.weight").to(self.device)
+        fill(norm, {"weight": weight}, self.dtype)
+
+        def lane_states(stream: Stream, rows: slice) -> Tensor:
+            first = stream.first_row
+            final: Tensor = norm(states.read(first + rows.start, first + rows.stop).to(self.device))
+            return final
+
+        with torch.no_grad():
+            measures = compare_heads(
+                lambda rows: (lane_states(bf16, rows), lane_states(nvfp4, rows)),
+                _next_tokens(bf16).to(self.device),
+                self._head_blocks(advance),
+            )
+        sequences = _sequence_numbers(bf16)[(_next_tokens(bf16) >= 0).numpy()]
+        return summarise(measures, sequences)
+
+    def _lanes(self, name: str) -> tuple[Stream, Stream]:
+        bf16, nvfp4 = self.stream(name, "bf16"), self.stream(name, "nvfp4")
+        assert bf16 is not None and nvfp4 is not None
+        return bf16, nvfp4
+
+    def _head_blocks(self, advance: Advance) -> Iterator[Tensor]:
+        architecture = self.skeleton.architecture
+        owner = architecture.embedding if self.skeleton.tied_head else architecture.head
+        info = self.source.tensors[f"{owner}.weight"]
+        step = max(1, _HEAD_BLOCK_BYTES // (info.shape[1] * self.dtype.itemsize))
+        for start in range(0, info.shape[0], step):
+            stop = min(start + step, info.shape[0])
+            block = self.source.read(info.name, slice(start, stop))
+            require_finite(block, info)
+            yield block.to(self.device, self.dtype)
+            advance((stop - start) / info.shape[0], 0)
+
+
+def _sequence_numbers(stream: Stream) -> np.ndarray:
+    """For every row of a stream, the number of its sequence."""
+    return np.repeat(np.arange(len(stream.sequences)), [len(sequence) for sequence in stream.sequences])
+
+
+def _next_tokens(stream: Stream) -> Tensor:
+    """For every row of a stream the token it predicts, int64; −1 for the last of a sequence."""
+    shifted = [np.append(sequence[1:], -1) for sequence in stream.sequences]
+    return torch.from_numpy(np.concatenate(shifted).astype(np.int64))
