@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -30,7 +31,15 @@ def _command(verb: Callable[..., Any], show: Callable[[Any], str], exit_code: Ca
 
     @functools.wraps(verb)
     def run(*args: Any, json_output: bool, **options: Any) -> None:
-        result = verb(*args, **options)
+        try:
+            result = verb(*args, **options)
+        except InputError as error:
+            print(f"fourge: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            print(f"\nfourge: stopped; what was committed is kept, continue with: {command}", file=sys.stderr)
+            raise typer.Exit(2) from None
         print(json.dumps(dataclasses.asdict(result), default=str) if json_output else show(result))
         raise typer.Exit(exit_code(result))
 
@@ -58,12 +67,4 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 verification failed, 2 for what the user can mend and for Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app()
-    except InputError as error:
-        print(f"fourge: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        print(f"\nfourge: stopped; what was committed is kept. Continue with: {command}", file=sys.stderr)
-        sys.exit(2)
+    app()

@@ -208,12 +208,12 @@ class _Run:
 
     def token_sets(self, job: "Job") -> "TokenSets | None":
         """The job's sequences: rendered once, then read back, so that a continued run sees the same tokens."""
-        from fourge.data import DataRequest, load_token_sets, read_token_sets, save_token_sets
-        from fourge.walk.resident import make_sampler
-
         settings = self.settings
         if settings.calibration == "none":
             return None
+        from fourge.data import DataRequest, load_token_sets, read_token_sets, save_token_sets
+        from fourge.walk.resident import make_sampler
+
         if not job.tokens_path.exists():
             request = DataRequest(
                 source=settings.calibration,

@@ -32,9 +32,9 @@ class QuantizedLinear:
 
 def tensor_names(linear: str, scheme: Scheme) -> tuple[str, ...]:
     """The tensors that replace `linear`.weight, in the order of `format.md`'s table."""
-    names = ("weight_packed", "weight_scale", "weight_global_scale")
+    names = ["weight_packed", "weight_scale", "weight_global_scale"]
     if scheme == "NVFP4":
-        names = (*names, "input_global_scale")
+        names.append("input_global_scale")
     return tuple(f"{linear}.{name}" for name in names)
 
 

@@ -45,6 +45,27 @@ class StepRecord:
     events: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """The content of job.json: what the run was asked for, the committed steps, and, once finished, the result."""
+
+    settings: dict[str, Any]
+    fingerprint: dict[str, Any]
+    records: list[StepRecord]
+    result: dict[str, Any] | None
+
+
+def read_manifest(output: Path) -> Manifest:
+    """What `OUT/.fourge/job.json` says; InputError when it is damaged."""
+    path = output / FOLDER / "job.json"
+    try:
+        stored = json.loads(path.read_text())
+        records = [StepRecord(**record) for record in stored["steps"]]
+        return Manifest(stored["settings"], stored["fingerprint"], records, stored["result"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); start over with --restart") from error
+
+
 def shard_name(step: int, num_steps: int) -> str:
     """`model-00001-of-00128.safetensors` for step 0 of 128."""
     return f"model-{step + 1:05d}-of-{num_steps:05d}.safetensors"
@@ -121,19 +142,15 @@ class Job:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _load(self) -> None:
-        try:
-            stored = json.loads(self._manifest.read_text())
-            records = [StepRecord(**record) for record in stored["steps"]]
-            theirs, result = stored["fingerprint"], stored["result"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._manifest} is damaged ({error}); start over with --restart") from error
+        stored = read_manifest(self.output)
+        theirs = stored.fingerprint
         key = first_difference(self.fingerprint, theirs)
         if key is not None:
             raise InputError(
                 f"{self.output} was begun with {key} = {theirs.get(key)!r}, now it is {self.fingerprint.get(key)!r}; "
                 "give the same value to continue, or --restart to start over"
             )
-        self.records, self.result, self.continued = records, result, True
+        self.records, self.result, self.continued = stored.records, stored.result, True
 
     def discard(self) -> None:
         """Takes back a job in which nothing was committed: its folder, and the output if that leaves it empty."""

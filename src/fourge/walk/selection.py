@@ -27,6 +27,19 @@ def select_linears(
                 raise InputError(f"{option} {pattern}: not a regular expression: {error}") from error
             if not matches:
                 raise InputError(f"{option} {pattern} matches no Linear of this model, such as {next(iter(linears))}")
+    return match_linears(linears, targets, ignore)
+
+
+def match_linears(
+    linears: Mapping[str, nn.Module], targets: Iterable[str], ignore: Iterable[str]
+) -> frozenset[str]:
+    """The names that `select_linears` gives, for patterns of a checkpoint: those that match nothing are allowed.
+
+    Raises re.error for an expression that does not compile.
+    """
+    from compressed_tensors.utils import is_match
+
+    targets, ignore = tuple(targets), tuple(ignore)
     return frozenset(
         name
         for name, module in linears.items()

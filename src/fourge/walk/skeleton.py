@@ -77,11 +77,13 @@ class Skeleton:
 
     def new_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with every parameter on the meta device."""
-        return copy.deepcopy(self._layers[index])
+        layer: nn.Module = copy.deepcopy(self._layers[index])
+        return layer
 
     def new_final_norm(self) -> nn.Module:
         """The norm before the head, on the meta device."""
-        return copy.deepcopy(self._final_norm)
+        norm: nn.Module = copy.deepcopy(self._final_norm)
+        return norm
 
     @torch.no_grad()
     def layer_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:

@@ -17,16 +17,16 @@ from fourge.checkpoint.reader import require_finite
 from fourge.checkpoint.writer import Copied, write_safetensors
 from fourge.methods.base import Method
 from fourge.methods.observe import InputStatistics, input_global_scale
-from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight
+from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
 from fourge.settings import QuantizeSettings
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.job import Job, StepRecord, shard_name
 from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite
-from fourge.walk.walk import Walk
-
-_ROWS_VALUES = 4 << 20
+from fourge.walk.streams import Stream
+from fourge.walk.walk import Advance, Walk
+from fourge.walk.weight_error import relative_weight_error
 
 
 @dataclass
@@ -101,7 +101,7 @@ class QuantizingWalk:
         self, layer: int, source: HiddenFile | None, target: HiddenFile | None, progress: WalkProgress
     ) -> StepOutput:
         output = StepOutput()
-        weights = self._read(layer, progress)
+        weights = read_layer(self.walk, self.layout, layer, progress)
         statistics = {group.name: InputStatistics() for group in self.layout.groups(layer)}
         if source is not None and target is not None:
             self._run_bf16(layer, weights, statistics, source, target, progress)
@@ -118,20 +118,10 @@ class QuantizingWalk:
             output.facts += f"  hidden error {error}"
         return output
 
-    def _read(self, layer: int, progress: WalkProgress) -> dict[str, Tensor | QuantizedWeight]:
-        prefix = self.layout.architecture.layer_prefix(layer)
-        weights: dict[str, Tensor | QuantizedWeight] = {}
-        for name in self.layout.steps[layer + 1]:
-            info = self.walk.source.tensors[name]
-            tensor = self.walk.source.read(name)
-            require_finite(tensor, info)
-            weights[name.removeprefix(prefix)] = tensor.to(self.walk.device)
-            progress.advance(0.0, read=info.nbytes)
-        return weights
-
-    def _share(self, num_tokens: int) -> float:
-        """The part of a layer's step that a stream of `num_tokens` is."""
-        return num_tokens / self.walk.hidden_layout.rows
+    def _reporter(self, stream: Stream, progress: WalkProgress) -> Advance:
+        """Turns shares of a stream's pass into shares of the layer's step."""
+        part = stream.num_tokens / self.walk.hidden_layout.rows
+        return lambda share, tokens: progress.advance(share * part, tokens=tokens)
 
     def _run_bf16(
         self,
@@ -144,14 +134,11 @@ class QuantizingWalk:
     ) -> None:
         # Observers sit in the layer that the calibration set runs through and in no other: the probe decides nothing.
         watched = {name: InputSite(observe=seen.observe) for name, seen in statistics.items()}
-        for name, sites in (("calibration", watched), ("probe", {})):
+        for name, sites in (("calibration", watched), ("probe", None)):
             stream = self.walk.stream(name, "bf16")
             if stream is not None:
-                part = self._share(stream.num_tokens)
                 lane = LaneLayer(self.walk.skeleton, layer, weights, self.walk.dtype, sites)
-                self.walk.run(
-                    lane, stream, source, target, lambda share, n, part=part: progress.advance(share * part, tokens=n)
-                )
+                self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
 
     def _quantize(
         self,
@@ -192,8 +179,22 @@ class QuantizingWalk:
         stream = self.walk.stream("probe", "nvfp4")
         assert stream is not None
         lane = nvfp4_layer(self.walk, self.layout, layer, kept, linears)
-        part = self._share(stream.num_tokens)
-        self.walk.run(lane, stream, source, target, lambda share, n: progress.advance(share * part, tokens=n))
+        self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
+
+
+def read_layer(
+    walk: Walk, layout: Layout, layer: int, progress: WalkProgress
+) -> dict[str, Tensor | QuantizedWeight]:
+    """A layer's tensors as the source stores them, by name relative to it; InputError for NaN and Inf."""
+    prefix = layout.architecture.layer_prefix(layer)
+    weights: dict[str, Tensor | QuantizedWeight] = {}
+    for name in layout.steps[layer + 1]:
+        info = walk.source.tensors[name]
+        tensor = walk.source.read(name)
+        require_finite(tensor, info)
+        weights[name.removeprefix(prefix)] = tensor.to(walk.device)
+        progress.advance(0.0, read=info.nbytes)
+    return weights
 
 
 def nvfp4_layer(
@@ -213,16 +214,3 @@ def nvfp4_layer(
         scale = linears[group.linears[0]].input_global_scale
         sites[group.name] = InputSite(global_scale=None if scale is None else scale.to(walk.device))
     return LaneLayer(walk.skeleton, layer, weights, walk.dtype, sites)
-
-
-def relative_weight_error(weight: Tensor, quantized: QuantizedWeight) -> float:
-    """‖Ŵ − W‖ / ‖W‖ (Frobenius) for `weight` `[N, K]`; 0 for a weight that is all zero."""
-    difference = torch.zeros((), dtype=torch.float64)
-    norm = torch.zeros((), dtype=torch.float64)
-    step = max(1, _ROWS_VALUES // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        source = weight[rows].float()
-        difference += (dequantize_weight(quantized, rows) - source).square().sum(dtype=torch.float64).cpu()
-        norm += source.square().sum(dtype=torch.float64).cpu()
-    return float((difference / norm).sqrt()) if norm > 0 else 0.0

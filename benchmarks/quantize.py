@@ -1,0 +1,72 @@
+"""`fourge quantize` beside llm-compressor's `oneshot`: one model, one set of calibration tokens, one machine.
+
+The two run in turn, `--rounds` times; the table gives the medians and their ratio. Whole processes are timed,
+imports and loading included, for that is what a user waits for.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from synthetic import llama_config, write_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "quantize"
+PEER = Path(__file__).parent / "peers" / "llmcompressor_oneshot.py"
+
+
+def timed(command: list[str]) -> tuple[float, dict[str, float]]:
+    """Wall seconds of a process and the JSON on the last line of its standard output."""
+    began = time.monotonic()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return time.monotonic() - began, json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer-python", required=True, help="Python of an environment with llm-compressor")
+    parser.add_argument("--model", type=Path, help="a checkpoint; default: two synthetic layers of 1B width")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    model = options.model
+    if model is None:
+        model = BUILD / "model"
+        write_llama(model, llama_config(2048, 8192, 2, 32, 8, 32000))
+        sys.path.insert(0, str(ROOT / "tests"))
+        from conftest import save_tokenizer
+
+        save_tokenizer(model, 32000)
+    ours = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(BUILD / "ours"), "--json", "--restart"]
+    ours += ["--calibration", "random", "--num-calibration-samples", str(options.samples), "--num-probe-samples", "1"]
+    ours += ["--max-seq-length", str(options.length), "--input-headroom", "1", "--threads", str(options.threads)]
+    tokens = BUILD / "ours" / ".fourge" / "tokens.safetensors"
+    theirs = [options.peer_python, str(PEER), str(model), str(BUILD / "theirs"), str(tokens)]
+    theirs += ["--threads", str(options.threads)]
+    times: dict[str, list[float]] = {"fourge": [], "llm-compressor": []}
+    peaks: dict[str, float] = {}
+    for _ in range(options.rounds):
+        for name, command in (("fourge", ours), ("llm-compressor", theirs)):
+            seconds, report = timed(command)
+            times[name].append(seconds)
+            peaks[name] = max(peaks.get(name, 0), report["peak_resident_bytes"])
+    shutil.rmtree(BUILD)
+    print(f"{'tool':<16} {'seconds (median)':>17} {'min':>7} {'max':>7} {'peak RSS GB':>12}")
+    for name, seen in times.items():
+        print(
+            f"{name:<16} {statistics.median(seen):>17.1f} {min(seen):>7.1f} {max(seen):>7.1f} "
+            f"{peaks[name] / 1e9:>12.2f}"
+        )
+    ratio = statistics.median(times["llm-compressor"]) / statistics.median(times["fourge"])
+    print(f"llm-compressor takes {ratio:.1f} times as long; ours also measures fidelity on a probe sequence")
+
+
+if __name__ == "__main__":
+    main()

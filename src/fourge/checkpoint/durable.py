@@ -1,0 +1,55 @@
+"""Files that are whole after a power cut: written beside their place, forced to disk, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def fsync_directory(path: Path) -> None:
+    """Forces the folder's entries, and so the renames within it, to disk."""
+    _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def replace_durably(temporary: Path, final: Path) -> None:
+    """Puts `temporary` in `final`'s place: at every instant `final` is the old file or all of the new one.
+
+    Both must lie on one file system. When it returns, the new file survives a power cut.
+    """
+    _fsync(temporary, os.O_RDONLY)
+    temporary.replace(final)
+    fsync_directory(final.parent)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replaces `path` durably by `content` as JSON: keys sorted, indented by 2, newline at the end."""
+    with _beside(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Replaces `target` durably by a copy of `source`'s content; a symlink is followed."""
+    with _beside(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _beside(final: Path) -> Iterator[Path]:
+    """A temporary name in `final`'s folder, put in its place at the end and removed on an exception."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        yield temporary
+        replace_durably(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

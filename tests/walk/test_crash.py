@@ -1,0 +1,116 @@
+"""Killed at any instant, a job continues to the very bytes of a run that was never killed."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fourge.walk.job import FOLDER, INDEX
+
+OPTIONS = {
+    "calibration": "random",
+    "num_calibration_samples": 3,
+    "num_probe_samples": 2,
+    "max_seq_length": 12,
+    "threads": 1,
+}
+
+
+class Zygote:
+    """A process that forks quantizations; see crash_zygote.py."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("crash_zygote.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def quantize(self, model: Path, output: Path, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request |= {"model": str(model), "output": str(output), "options": OPTIONS}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def whole(zygote: Zygote, pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An uninterrupted run: its directory and how many operations it took."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    answer = zygote.quantize(pico(), output)
+    assert answer["killed_by"] is None and answer["operations"] > 40
+    return output, answer
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Every file of a directory but the log of times."""
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.name != "metrics.jsonl"
+    }
+
+
+def committed_steps(output: Path) -> int:
+    manifest = output / FOLDER / "job.json"
+    return len(json.loads(manifest.read_text())["steps"]) if manifest.exists() else 0
+
+
+def require_same(output: Path, whole: Path) -> None:
+    ours, expected = contents(output), contents(whole)
+    assert ours.keys() == expected.keys()
+    for name, content in expected.items():
+        assert ours[name] == content, name
+
+
+def kill_points(operations: int) -> list[int]:
+    return list(range(1, operations + 1))
+
+
+def test_killed_before_every_operation_of_every_commit(
+    zygote: Zygote, whole: tuple[Path, dict[str, Any]], pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference, answer = whole
+    for point in kill_points(answer["operations"]):
+        output = tmp_path / f"killed-{point}"
+        assert zygote.quantize(pico(), output, kill_before=point)["killed_by"] == signal.SIGKILL
+        before = committed_steps(output)
+        assert not (output / INDEX).exists() or before == 4, "an index means a finished checkpoint"
+        continued = zygote.quantize(pico(), output)
+        assert continued["killed_by"] is None, f"killed before operation {point}, it did not continue"
+        require_same(output, reference)
+        shutil.rmtree(output)
+
+
+def test_killed_again_and_again_at_random_instants(
+    zygote: Zygote, whole: tuple[Path, dict[str, Any]], pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference, answer = whole
+    rng = random.Random(5)
+    for trial in range(4):
+        output = tmp_path / f"trial-{trial}"
+        for _ in range(3):
+            zygote.quantize(pico(), output, kill_after=rng.uniform(0.01, answer["seconds"]))
+        assert zygote.quantize(pico(), output)["killed_by"] is None
+        require_same(output, reference)
