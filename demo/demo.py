@@ -27,9 +27,7 @@ def speak(model_directory: Path, new_tokens: int) -> list[str]:
     answers = []
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,5 +1,6 @@
 """`fourge quantize`: a BF16 checkpoint becomes an NVFP4 one, one decoder layer at a time, safe to kill."""
 
+import errno
 import resource
 import sys
 import time
@@ -98,11 +99,11 @@ def quantize(
         seed=seed,
         input_headroom=input_headroom,
         micro_batch_tokens=micro_batch_tokens,
-        **_resolve_device(device, compute_dtype, threads),
+        **resolve_device(device, compute_dtype, threads),
     )
     torch.set_num_threads(settings.threads)
     run = _Run.prepare(settings, output)
-    with run.open_job(restart) as job:
+    with run.open_job(restart) as job, _disk_errors_named(output):
         _quantize_in(job, run)
     fidelity = job.result["fidelity"] if job.result else None
     return QuantizeResult(
@@ -118,13 +119,27 @@ def quantize(
     )
 
 
+@contextmanager
+def _disk_errors_named(output: Path) -> "Iterator[None]":
+    """A disk that is full, gone or read-only is the user's to mend; what was committed before is whole."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise InputError(
+            f"{error.filename or output}: {error.strerror}; make room, then the same command continues"
+        ) from error
+
+
 def peak_resident_bytes() -> int:
     """The largest resident memory this process ever had, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _resolve_device(device: str, compute_dtype: ComputeDtype, threads: int) -> dict[str, Any]:
+def resolve_device(device: str, compute_dtype: ComputeDtype, threads: int) -> dict[str, Any]:
+    """The options of these names with `auto` and 0 resolved; InputError for a device that is not there."""
     import torch
 
     if device == "auto":
@@ -165,7 +180,9 @@ class _Run:
 
         find_method(settings.method)
         if settings.scheme == "NVFP4" and settings.calibration == "none":
-            raise InputError("--calibration none: NVFP4 needs data for its input scales; name some, or --scheme NVFP4A16")
+            raise InputError(
+                "--calibration none: NVFP4 needs data for its input scales; name some, or --scheme NVFP4A16"
+            )
         source = Checkpoint.open(locate(settings.model, settings.revision))
         require_unquantized(source)
         require_float(source)
@@ -212,6 +229,7 @@ class _Run:
         if settings.calibration == "none":
             return None
         from fourge.data import DataRequest, load_token_sets, read_token_sets, save_token_sets
+        from fourge.progress import announced
         from fourge.walk.resident import make_sampler
 
         if not job.tokens_path.exists():
@@ -225,9 +243,9 @@ class _Run:
             )
             sampler = make_sampler(self.source, self.skeleton, self.dtype, self.device)
             vocabulary = int(self.skeleton.config.vocab_size)
-            save_token_sets(
-                job.tokens_path, load_token_sets(request, self.source.directory, vocabulary, sampler)
-            )
+            with announced(f"Rendering {settings.calibration}"):
+                sets = load_token_sets(request, self.source.directory, vocabulary, sampler)
+            save_token_sets(job.tokens_path, sets)
         return read_token_sets(job.tokens_path)
 
     def streams(self, sets: "TokenSets | None") -> "tuple[Stream, ...]":
@@ -267,16 +285,18 @@ def _quantize_in(job: "Job", run: _Run) -> None:
     if job.finished:
         print(f"{run.output} is finished already; --restart would do it again", file=sys.stderr)
         return
-    with announced(f"Rendering {run.settings.calibration}"):
-        sets = run.token_sets(job)
+    sets = run.token_sets(job)
     streams = run.streams(sets)
     walk = Walk(run.skeleton, run.source, streams, run.dtype, run.device)
+    quantizing = QuantizingWalk(walk, run.layout, run.settings, find_method(run.settings.method))
     if job.continued:
         with announced(f"Checking {job.next_step} committed steps of {run.output}"):
             job.check_committed(walk.hidden_layout if streams else None, lambda count: None)
+    else:
+        with announced("Checking embedding and head for NaN and Inf"):
+            quantizing.require_finite_ends()
     job.remove_leftovers()
     run.require_room(streams, sum(record.size for record in job.records))
-    quantizing = QuantizingWalk(walk, run.layout, run.settings, find_method(run.settings.method))
     with WalkProgress("quantize", run.layout.num_steps, job.next_step, job.metrics_path) as progress:
         quantizing.run(job, progress)
     finish_checkpoint(job, run.source, run.layout, run.settings.scheme, sets.provenance if sets else None)

@@ -53,9 +53,7 @@ def test_link_to_a_snapshot_is_followed(sharded: Path, tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "model").tensors
 
 
-@pytest.mark.parametrize(
-    "target", ["blobs/other", "models--org--other/blobs/x", "models--org--name/refs/main"]
-)
+@pytest.mark.parametrize("target", ["blobs/other", "models--org--other/blobs/x", "models--org--name/refs/main"])
 def test_hub_snapshot_may_not_link_to_anything_else(single: Path, tmp_path: Path, target: str) -> None:
     snapshot = link_as_hub_cache(tmp_path / "hub", single)
     elsewhere = tmp_path / "hub" / target
@@ -64,6 +62,15 @@ def test_hub_snapshot_may_not_link_to_anything_else(single: Path, tmp_path: Path
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(elsewhere)
     assert f"{snapshot / 'model.safetensors'}: a symlink out of the directory" in refusal(snapshot)
+
+
+@pytest.mark.parametrize("renamed", ["downloads/snapshots", "models--org--name/versions"])
+def test_blobs_belong_to_the_hub_cache_alone(single: Path, tmp_path: Path, renamed: str) -> None:
+    snapshot = link_as_hub_cache(tmp_path / "hub", single)
+    model, revisions = Path(renamed).parts
+    (tmp_path / "hub" / "models--org--name" / "snapshots").rename(snapshot.parents[1] / revisions)
+    snapshot.parents[1].rename(tmp_path / "hub" / model)
+    assert "symlink out of the directory" in refusal(tmp_path / "hub" / renamed / snapshot.name)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -33,9 +33,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
 
 
 class TestReading:
-    def test_tensors_config_and_metadata(
-        self, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]
-    ) -> None:
+    def test_tensors_config_and_metadata(self, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
         assert list(checkpoint.tensors) == sorted(tensors)
         assert checkpoint.config == CONFIG
         sharded = "sharded" in checkpoint.directory.name
@@ -55,9 +53,7 @@ class TestReading:
         assert torch.equal(found, tensors[EMBEDDING][rows])
         assert checkpoint.bytes_read == found.nbytes
 
-    def test_gathers_each_distinct_row_once(
-        self, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]
-    ) -> None:
+    def test_gathers_each_distinct_row_once(self, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
         indices = torch.tensor([49, 0, 7, 7, 0, 49, 7])
         assert torch.equal(checkpoint.gather_rows(EMBEDDING, indices), tensors[EMBEDDING][indices])
         assert checkpoint.bytes_read == 3 * 8 * 2
@@ -220,9 +216,7 @@ class TestRequirements:
     @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
     def test_quantized_config(self, single: Path, key: str) -> None:
         (single / "config.json").write_text(json.dumps(CONFIG | {key: {"quant_method": "gptq"}}))
-        with pytest.raises(
-            InputError, match=rf"{single}/config.json: already quantized \({key}, method gptq\)"
-        ):
+        with pytest.raises(InputError, match=rf"{single}/config.json: already quantized \({key}, method gptq\)"):
             require_unquantized(Checkpoint.open(single))
 
     def test_quantized_by_modelopt(self, single: Path) -> None:
@@ -258,9 +252,7 @@ class TestRequirements:
         info = Checkpoint.open(single).tensors[EMBEDDING]
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             limits = torch.finfo(dtype)
-            require_finite(
-                torch.tensor([limits.max, limits.min, -0.0, limits.smallest_normal / 2], dtype=dtype), info
-            )
+            require_finite(torch.tensor([limits.max, limits.min, -0.0, limits.smallest_normal / 2], dtype=dtype), info)
         require_finite(torch.zeros(0, 4), info)
 
     def test_rows_are_counted_from_the_first(self, single: Path) -> None:

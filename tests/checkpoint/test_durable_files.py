@@ -43,9 +43,7 @@ def test_file_then_rename_then_folder(tmp_path: Path, events: list[str]) -> None
 def test_json(tmp_path: Path, events: list[str]) -> None:
     path = tmp_path / "job.json"
     write_json(path, {"b": [1], "a": {"d": None, "c": "é"}})
-    assert path.read_text() == (
-        '{\n  "a": {\n    "c": "\\u00e9",\n    "d": null\n  },\n  "b": [\n    1\n  ]\n}\n'
-    )
+    assert path.read_text() == ('{\n  "a": {\n    "c": "\\u00e9",\n    "d": null\n  },\n  "b": [\n    1\n  ]\n}\n')
     assert events == ["fsync .job.json.tmp", "rename .job.json.tmp job.json", f"fsync {tmp_path.name}"]
 
 

@@ -175,9 +175,7 @@ class TestOffline:
         assert "revision v2" in answers[3][1]
 
     def test_hub_out_of_reach(self, cache: Path) -> None:
-        (cached, missing) = ask(
-            cache, ("org/cached", None), ("org/model", None), HF_ENDPOINT="http://127.0.0.1:9"
-        )
+        (cached, missing) = ask(cache, ("org/cached", None), ("org/model", None), HF_ENDPOINT="http://127.0.0.1:9")
         assert cached[0] == "found"
         assert missing[0] == "refused"
         assert "the hub cannot be reached" in missing[1]

@@ -36,9 +36,7 @@ QUANTIZED_LAYER = {
     "model.layers.0.post_attention_layernorm.weight": random_bytes((15,), torch.float16, 7),
 }
 EVERY_DTYPE = {
-    f"{place}.{name}": random_bytes((3, 5), dtype, place)
-    for name, dtype in DTYPES.items()
-    for place in (2, 1)
+    f"{place}.{name}": random_bytes((3, 5), dtype, place) for name, dtype in DTYPES.items() for place in (2, 1)
 }
 ODD_SHAPES = {
     "scalar": torch.tensor(1.5),

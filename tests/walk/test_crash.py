@@ -29,7 +29,10 @@ class Zygote:
     def __init__(self) -> None:
         script = Path(__file__).with_name("crash_zygote.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             stderr=subprocess.DEVNULL,
         )
 
@@ -55,7 +58,9 @@ def zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="module")
-def whole(zygote: Zygote, pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def whole(
+    zygote: Zygote, pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """An uninterrupted run: its directory and how many operations it took."""
     output = tmp_path_factory.mktemp("whole") / "out"
     answer = zygote.quantize(pico(), output)

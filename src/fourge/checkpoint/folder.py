@@ -43,9 +43,7 @@ def _is_hub_blob(root: Path, target: Path) -> bool:
     if target.parent == model / "blobs":
         return True
     shared = model.parent / "blobs"
-    return target.is_relative_to(shared) and bool(
-        _SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix())
-    )
+    return target.is_relative_to(shared) and bool(_SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix()))
 
 
 def list_sidecars(directory: Path) -> list[Path]:
@@ -70,14 +68,11 @@ def no_weights_error(directory: Path) -> InputError:
     if any(Path(name).suffix == ".safetensors" for name in names):
         found = next(name for name in names if Path(name).suffix == ".safetensors")
         return InputError(
-            f"{directory}: has {found} but neither {SINGLE} nor {INDEX}; "
-            "give the model in transformers' layout"
+            f"{directory}: has {found} but neither {SINGLE} nor {INDEX}; give the model in transformers' layout"
         )
     pickles = [name for name in names if Path(name).suffix.lower() in _PICKLES]
     if not pickles:
-        return InputError(
-            f"{directory}: has neither {SINGLE} nor {INDEX}; give a directory with a checkpoint"
-        )
+        return InputError(f"{directory}: has neither {SINGLE} nor {INDEX}; give a directory with a checkpoint")
     refusal = f"{directory}: has only pickles ({pickles[0]}), which can run code when opened, and is refused"
     if any(name.startswith("consolidated") for name in pickles):
         return InputError(f"{refusal}; take the model in transformers' layout, as safetensors")

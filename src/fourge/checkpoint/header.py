@@ -115,8 +115,7 @@ def _read_raw_header(path: Path) -> tuple[bytes, int]:
             )
         if 8 + length > size:
             raise InputError(
-                f"{path}: truncated: its header takes {8 + length} bytes, the file has {size}; "
-                "download it again"
+                f"{path}: truncated: its header takes {8 + length} bytes, the file has {size}; download it again"
             )
         return file.read(length), size
 
@@ -124,9 +123,7 @@ def _read_raw_header(path: Path) -> tuple[bytes, int]:
 def _tensor_info(path: Path, name: str, entry: Any, data_begin: int) -> TensorInfo:
     """The checked header entry of one tensor, its offsets counted from the start of the file."""
     if not name.isprintable():  # names end up in one-line messages and on terminals
-        raise InputError(
-            f"{path}: the tensor name {reprlib.repr(name)} has unprintable characters; {_DAMAGED}"
-        )
+        raise InputError(f"{path}: the tensor name {reprlib.repr(name)} has unprintable characters; {_DAMAGED}")
 
     def damaged(what: str) -> InputError:
         return InputError(f"{path}: {name}: {what}; {_DAMAGED}")
@@ -144,11 +141,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_begin: int) -> TensorIn
     nbytes = _count_bytes(dtype, shape)
     if nbytes is None:
         raise damaged(f"its shape {reprlib.repr(shape)} has more bytes than 64 bits can count")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(_is_natural(offset) for offset in offsets)
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_natural(offset) for offset in offsets):
         raise damaged(f"its data_offsets {reprlib.repr(offsets)} are not two offsets")
     begin, end = offsets
     if begin > end:
@@ -189,8 +182,8 @@ def _check_coverage(path: Path, tensors: dict[str, TensorInfo], data_begin: int,
             cut = info.name
     if cut is not None:
         raise InputError(
-            f"{path}: truncated: the header says {position} bytes, the file has {size} and ends within {cut}"
-            "; download it again"
+            f"{path}: truncated: the header says {position} bytes, the file has {size} and ends within {cut}; "
+            "download it again"
         )
     if position < size:
         raise InputError(

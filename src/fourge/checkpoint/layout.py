@@ -74,9 +74,7 @@ def plan_layout(
     the model or of another shape, for K not divisible by 16, for a fused group selected in part.
     """
     head = f"{architecture.head}.weight"
-    dropped = tuple(
-        name for name in sources if name.endswith(_DROPPED_SUFFIXES) or (tied_head and name == head)
-    )
+    dropped = tuple(name for name in sources if name.endswith(_DROPPED_SUFFIXES) or (tied_head and name == head))
     wanted = {name: shape for name, shape in expected.items() if not (tied_head and name == head)}
     _check_names_and_shapes(wanted, {name: info for name, info in sources.items() if name not in dropped})
     linears = [

@@ -160,9 +160,7 @@ def require_float(checkpoint: Checkpoint) -> None:
     """Raises InputError for the first tensor whose dtype is not BF16, F16 or F32."""
     for info in checkpoint.tensors.values():
         if info.dtype not in FLOAT_DTYPES:
-            raise InputError(
-                f"{info.path}: {info.name} is {info.dtype}; give the model in {', '.join(FLOAT_DTYPES)}"
-            )
+            raise InputError(f"{info.path}: {info.name} is {info.dtype}; give the model in {', '.join(FLOAT_DTYPES)}")
 
 
 def require_finite(tensor: Tensor, info: TensorInfo, first_row: int = 0) -> None:
@@ -223,17 +221,12 @@ def _weight_map(directory: Path, index: dict[str, Any]) -> dict[str, str]:
     for name, shard in weight_map.items():
         if "/" in shard or "\\" in shard:
             raise InputError(
-                f"{path}: maps {name!r} to {shard!r}, outside the directory; "
-                "every shard must lie beside the index"
+                f"{path}: maps {name!r} to {shard!r}, outside the directory; every shard must lie beside the index"
             )
         if shard not in present:
-            raise InputError(
-                f"{directory}: shard {shard!r} is missing, the index names it; download it again"
-            )
+            raise InputError(f"{directory}: shard {shard!r} is missing, the index names it; download it again")
     if SINGLE in present and SINGLE not in weight_map.values():
-        raise InputError(
-            f"{directory}: has both {SINGLE} and {INDEX}, which does not name it; remove the stale one"
-        )
+        raise InputError(f"{directory}: has both {SINGLE} and {INDEX}, which does not name it; remove the stale one")
     return weight_map
 
 
@@ -247,13 +240,9 @@ def _sharded_tensors(directory: Path, weight_map: dict[str, str]) -> dict[str, T
             if name not in weight_map:
                 raise InputError(f"{path}: holds {name}, which {INDEX} does not name; download both again")
             if weight_map[name] != shard:
-                raise InputError(
-                    f"{path}: holds {name}, which {INDEX} maps to {weight_map[name]}; download both again"
-                )
+                raise InputError(f"{path}: holds {name}, which {INDEX} maps to {weight_map[name]}; download both again")
         tensors |= held
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise InputError(
-                f"{directory / shard}: lacks {name!r}, which {INDEX} maps to it; download both again"
-            )
+            raise InputError(f"{directory / shard}: lacks {name!r}, which {INDEX} maps to it; download both again")
     return tensors

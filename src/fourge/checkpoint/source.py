@@ -22,9 +22,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     local = Path(model).expanduser()
     if local.is_dir():
         if revision is not None:
-            raise InputError(
-                f"--revision {revision}: {model} is a local directory, which has none; leave it out"
-            )
+            raise InputError(f"--revision {revision}: {model} is a local directory, which has none; leave it out")
         return local
     if local.exists():
         raise InputError(f"{model}: a file, not a checkpoint; give the directory that it lies in")
@@ -48,13 +46,10 @@ def _download(model: str, revision: str | None) -> Path:
             model, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
         )
     except HFValidationError as error:
-        raise InputError(
-            f"{model}: no such directory, and not a hub id (ORG/NAME); check the spelling"
-        ) from error
+        raise InputError(f"{model}: no such directory, and not a hub id (ORG/NAME); check the spelling") from error
     except GatedRepoError as error:
         raise InputError(
-            f"{model}: gated; ask for access at {constants.ENDPOINT}/{model}, then run `hf auth login` "
-            "or set HF_TOKEN"
+            f"{model}: gated; ask for access at {constants.ENDPOINT}/{model}, then run `hf auth login` or set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"--revision {revision}: {model} has no such branch, tag or commit") from error

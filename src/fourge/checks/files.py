@@ -71,9 +71,7 @@ def check_files(output: Path, manifest: Manifest | None, damage: list[str]) -> t
 
 
 def _leftovers(output: Path) -> list[Path]:
-    return sorted(
-        [*output.glob("*.tmp"), *(output / FOLDER).glob("*.tmp"), *(output / FOLDER).glob("hidden-*.bin")]
-    )
+    return sorted([*output.glob("*.tmp"), *(output / FOLDER).glob("*.tmp"), *(output / FOLDER).glob("hidden-*.bin")])
 
 
 def check_digests(output: Path, manifest: Manifest | None) -> Check:

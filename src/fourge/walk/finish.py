@@ -30,7 +30,9 @@ def finish_checkpoint(
             copy_file(path, job.output / path.name)
         write_json(job.output / "config.json", with_quantization(source.config, scheme, layout.kept))
 
-    events = [{"step": layout.step_name(i)} | event for i, record in enumerate(job.records) for event in record.events]
+    events = job.events + [
+        {"step": layout.step_name(i)} | event for i, record in enumerate(job.records) for event in record.events
+    ]
     result = {
         "fidelity": job.records[-1].measures.get("fidelity"),
         "data": data,

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fourge.checkpoint.reader import byte_view
+
 _BLOCK_BYTES = 64 << 20
 
 
@@ -54,7 +56,7 @@ class HiddenFile:
     def read(self, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` as `[stop - start, width]` on the CPU."""
         rows = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
-        view = memoryview(rows.view(torch.uint8).numpy()).cast("B")
+        view = byte_view(rows)
         offset = start * self.layout.row_bytes
         while view:
             count = os.preadv(self._descriptor, [view], offset)
@@ -66,9 +68,8 @@ class HiddenFile:
     def write(self, start: int, rows: Tensor) -> None:
         """Puts `rows` `[n, width]` at `start`; each row is to be written once, for the checksum adds them up."""
         assert rows.shape[1] == self.layout.width
-        data = rows.to(device="cpu", dtype=self.layout.dtype).contiguous().view(torch.uint8).numpy().reshape(-1)
-        self._checksum = (self._checksum + checksum_bytes(data)) % (1 << 64)
-        view = memoryview(data)
+        view = byte_view(rows.to(device="cpu", dtype=self.layout.dtype).contiguous())
+        self._checksum = (self._checksum + checksum_bytes(view)) % (1 << 64)
         offset = start * self.layout.row_bytes
         while view:
             count = os.pwrite(self._descriptor, view, offset)
@@ -81,14 +82,14 @@ class HiddenFile:
         return self._checksum
 
 
-def checksum_bytes(data: np.ndarray) -> int:
-    """Sum of a byte array's 32-bit words modulo 2^64. Rows are multiples of 4 bytes.
+def checksum_bytes(data: memoryview) -> int:
+    """Sum of the 32-bit words of `data`, whose length is a multiple of 4.
 
     Not a cryptographic digest: it is there to notice a truncated, zeroed or flipped page at the speed of memory
     (a SHA-256 of the hidden states would cost a GPU walk more than its arithmetic). It does not depend on the
     order in which micro-batches are written.
     """
-    return int(data.view(np.uint32).sum(dtype=np.uint64))
+    return int(np.frombuffer(data, np.uint32).sum(dtype=np.uint64))
 
 
 def checksum_file(path: Path, layout: HiddenLayout) -> int:
@@ -98,5 +99,5 @@ def checksum_file(path: Path, layout: HiddenLayout) -> int:
     with HiddenFile(path, layout, create=False) as file:
         for start in range(0, layout.rows, rows):
             block = file.read(start, min(start + rows, layout.rows))
-            total += checksum_bytes(block.view(torch.uint8).numpy().reshape(-1))
+            total += checksum_bytes(byte_view(block))
     return total % (1 << 64)

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from fourge.checkpoint.durable import fsync_directory, replace_durably, write_json
 from fourge.errors import InputError
-from fourge.settings import first_difference
+from fourge.settings import FREE_ON_CONTINUATION, first_difference
 from fourge.walk.hidden import HiddenLayout, checksum_file
 
 FOLDER = ".fourge"
@@ -52,6 +52,7 @@ class Manifest:
     settings: dict[str, Any]
     fingerprint: dict[str, Any]
     records: list[StepRecord]
+    events: list[dict[str, Any]]
     result: dict[str, Any] | None
 
 
@@ -61,7 +62,7 @@ def read_manifest(output: Path) -> Manifest:
     try:
         stored = json.loads(path.read_text())
         records = [StepRecord(**record) for record in stored["steps"]]
-        return Manifest(stored["settings"], stored["fingerprint"], records, stored["result"])
+        return Manifest(stored["settings"], stored["fingerprint"], records, stored["events"], stored["result"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); start over with --restart") from error
 
@@ -90,6 +91,7 @@ class Job:
         self.fingerprint = dict(fingerprint)
         self.settings = dict(settings)
         self.records: list[StepRecord] = []
+        self.events: list[dict[str, Any]] = []
         self.result: dict[str, Any] | None = None
         self.continued = False
         self._lock: int | None = None
@@ -129,10 +131,14 @@ class Job:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise InputError(f"{self.output} is being written by another process; wait for it or name another -o") from None
+            raise InputError(
+                f"{self.output} is being written by another process; wait for it or name another -o"
+            ) from None
         self._lock = descriptor
 
     def _clear(self) -> None:
+        # The manifest goes first: without it, what else is left is nobody's and is written over.
+        self._manifest.unlink(missing_ok=True)
         for path in self.output.glob("model-*-of-*.safetensors"):
             path.unlink()
         for name in (INDEX, "config.json"):
@@ -150,7 +156,12 @@ class Job:
                 f"{self.output} was begun with {key} = {theirs.get(key)!r}, now it is {self.fingerprint.get(key)!r}; "
                 "give the same value to continue, or --restart to start over"
             )
-        self.records, self.result, self.continued = stored.records, stored.result, True
+        self.records, self.events, self.result = stored.records, stored.events, stored.result
+        self.continued = True
+        for setting in FREE_ON_CONTINUATION:
+            before, now = stored.settings.get(setting), self.settings.get(setting)
+            if before != now and not self.finished:
+                self.events.append({"event": "continued", "setting": setting, "before": before, "now": now})
 
     def discard(self) -> None:
         """Takes back a job in which nothing was committed: its folder, and the output if that leaves it empty."""
@@ -226,6 +237,7 @@ class Job:
                 "settings": self.settings,
                 "fingerprint": self.fingerprint,
                 "steps": [vars(record) for record in self.records],
+                "events": self.events,
                 "result": self.result,
             },
         )

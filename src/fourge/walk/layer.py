@@ -37,7 +37,7 @@ class LaneLayer:
         sites: Mapping[str, InputSite] | None = None,
     ) -> None:
         self._skeleton = skeleton
-        self._index = index
+        self.index = index
         self._sites: list[InputSite] = []
         self._module = skeleton.new_layer(index)
         rest = dict(weights)
@@ -56,7 +56,7 @@ class LaneLayer:
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
-        arguments = self._skeleton.layer_arguments(self._index, hidden)
+        arguments = self._skeleton.layer_arguments(self.index, hidden)
         output = self._module(hidden, **arguments)
         for site in self._sites:
             site.forget()

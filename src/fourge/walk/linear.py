@@ -21,9 +21,7 @@ class InputSite:
     called with the input `[..., K]` as it comes, before any quantization.
     """
 
-    def __init__(
-        self, global_scale: Tensor | None = None, observe: Callable[[Tensor], None] | None = None
-    ) -> None:
+    def __init__(self, global_scale: Tensor | None = None, observe: Callable[[Tensor], None] | None = None) -> None:
         self.global_scale = global_scale
         self.observe = observe
         self._seen: tuple[Tensor, Tensor] | None = None
@@ -57,7 +55,7 @@ class LaneLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.site(x)
         out_features, in_features = self.stored.shape
-        step = max(1, ROWS_BYTES // (in_features * x.element_size()))
+        step: int = max(1, ROWS_BYTES // (in_features * x.element_size()))
         if step >= out_features:
             return nn.functional.linear(x, self._rows(slice(None), x.dtype), self.bias)
         y = x.new_empty(*x.shape[:-1], out_features)

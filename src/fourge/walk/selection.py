@@ -8,9 +8,7 @@ from torch import nn
 from fourge.errors import InputError
 
 
-def select_linears(
-    linears: Mapping[str, nn.Module], targets: Iterable[str], ignore: Iterable[str]
-) -> frozenset[str]:
+def select_linears(linears: Mapping[str, nn.Module], targets: Iterable[str], ignore: Iterable[str]) -> frozenset[str]:
     """Full names among `linears` (modules by name, on the meta device will do) that match `targets`, not `ignore`.
 
     A target is a class name (`Linear`), a module's name, or a regular expression after `re:`. Raises InputError
@@ -30,9 +28,7 @@ def select_linears(
     return match_linears(linears, targets, ignore)
 
 
-def match_linears(
-    linears: Mapping[str, nn.Module], targets: Iterable[str], ignore: Iterable[str]
-) -> frozenset[str]:
+def match_linears(linears: Mapping[str, nn.Module], targets: Iterable[str], ignore: Iterable[str]) -> frozenset[str]:
     """The names that `select_linears` gives, for patterns of a checkpoint: those that match nothing are allowed.
 
     Raises re.error for an expression that does not compile.

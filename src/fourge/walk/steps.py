@@ -29,6 +29,9 @@ from fourge.walk.walk import Advance, Walk
 from fourge.walk.weight_error import relative_weight_error
 
 
+_BLOCK_BYTES = 32 << 20
+
+
 @dataclass
 class StepOutput:
     """What a step found out: tensors for its shard beside the copied ones, measures, events, a line for people."""
@@ -48,15 +51,22 @@ class QuantizingWalk:
     settings: QuantizeSettings
     method: Method
 
+    def require_finite_ends(self) -> None:
+        """Raises InputError for NaN or Inf in what only the last step would otherwise meet, hours from now."""
+        for name in (*self.layout.steps[0], *self.layout.steps[-1]):
+            info = self.walk.source.tensors[name]
+            rows = max(1, _BLOCK_BYTES // (info.nbytes // info.shape[0]))
+            for start in range(0, info.shape[0], rows):
+                block = self.walk.source.read(name, slice(start, start + rows))
+                require_finite(block, info, first_row=start)
+
     def run(self, job: Job, progress: WalkProgress) -> None:
         """Runs and commits every step that is left."""
         for step in range(job.next_step, self.layout.num_steps):
             output, checksum = self._step(step, job, progress)
             shard = shard_name(step, self.layout.num_steps)
             written = write_safetensors(job.shard_temporary, self._entries(step, output.linears))
-            job.commit(
-                StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events)
-            )
+            job.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
             progress.finish_step(self.layout.step_name(step), output.facts, {"step": step} | output.measures)
 
     def _step(self, step: int, job: Job, progress: WalkProgress) -> tuple[StepOutput, int | None]:
@@ -182,9 +192,7 @@ class QuantizingWalk:
         self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
 
 
-def read_layer(
-    walk: Walk, layout: Layout, layer: int, progress: WalkProgress
-) -> dict[str, Tensor | QuantizedWeight]:
+def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -> dict[str, Tensor | QuantizedWeight]:
     """A layer's tensors as the source stores them, by name relative to it; InputError for NaN and Inf."""
     prefix = layout.architecture.layer_prefix(layer)
     weights: dict[str, Tensor | QuantizedWeight] = {}

@@ -69,9 +69,7 @@ def make_stream(
     return Stream(name, lane, ordered, tuple(batches), first_row, row)
 
 
-def lay_out(
-    sets: Sequence[tuple[str, Lane, Iterable[np.ndarray]]], micro_batch_tokens: int
-) -> tuple[Stream, ...]:
+def lay_out(sets: Sequence[tuple[str, Lane, Iterable[np.ndarray]]], micro_batch_tokens: int) -> tuple[Stream, ...]:
     """Streams one after the other in one file; sets without sequences are left out."""
     streams: list[Stream] = []
     row = 0

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fourge.checkpoint.reader import Checkpoint, require_finite
+from fourge.checkpoint.reader import Checkpoint
 from fourge.errors import InputError
 from fourge.walk.head import Fidelity, compare_heads, summarise
 from fourge.walk.hidden import HiddenFile, HiddenLayout
@@ -58,8 +58,8 @@ class Walk:
             output = layer(rows.view(batch.count, batch.length, -1)).reshape(rows.shape)
             if not torch.isfinite(output).all():
                 raise InputError(
-                    f"the {stream.lane} lane's hidden states are not finite after {target.path.name}'s layer: "
-                    f"values of the {stream.name} set leave the range of {self.dtype}; try --compute-dtype float32"
+                    f"layer {layer.index}: hidden states of the {stream.name} set leave the range of {self.dtype} "
+                    f"in the {stream.lane} lane; try --compute-dtype float32, or check this layer's weights"
                 )
             target.write(batch.first_row, output)
             advance(len(rows) / stream.num_tokens, len(rows))
@@ -114,7 +114,6 @@ class Walk:
         for start in range(0, info.shape[0], step):
             stop = min(start + step, info.shape[0])
             block = self.source.read(info.name, slice(start, stop))
-            require_finite(block, info)
             yield block.to(self.device, self.dtype)
             advance((stop - start) / info.shape[0], 0)
 

@@ -1,0 +1,97 @@
+"""What a quantized directory's own config.json says must be in it: every tensor, its dtypes and its shape.
+
+Derived from transformers' model of the config and the patterns of `quantization_config`, not from how the files
+are cut, so that checkpoints written by other tools are held to the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourge.checkpoint.architecture import Architecture
+from fourge.checkpoint.compressed_tensors import tensor_specs
+from fourge.checkpoint.reader import FLOAT_DTYPES
+from fourge.checks.config import Quantization
+from fourge.settings import Scheme
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: the dtypes it may have (safetensors' names), its shape, whether it may be left out."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Expected:
+    """`quantized` holds the full names of the quantized Linears; `shapes` those of every source tensor."""
+
+    architecture: Architecture
+    config: Any
+    """transformers' config, without `quantization_config`."""
+    scheme: Scheme
+    quantized: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
+    specs: Mapping[str, TensorSpec]
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def tied_head(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def linears(self) -> list[str]:
+        """Full names of every Linear of the decoder layers, quantized or not."""
+        return [
+            self.architecture.layer_prefix(layer) + linear
+            for layer in range(self.num_layers)
+            for linear in self.architecture.linears
+        ]
+
+    def quantized_groups(self, layer: int) -> list[tuple[str, ...]]:
+        """Full names of the quantized Linears of a layer, by group; of one quantized in part, that part."""
+        prefix = self.architecture.layer_prefix(layer)
+        groups = [
+            tuple(prefix + linear for linear in group.linears if prefix + linear in self.quantized)
+            for group in self.architecture.groups
+        ]
+        return [group for group in groups if group]
+
+    def layer_names(self, layer: int) -> list[str]:
+        """The specs' names that belong to a layer."""
+        prefix = self.architecture.layer_prefix(layer)
+        return [name for name in self.specs if name.startswith(prefix)]
+
+    def outer_names(self) -> list[str]:
+        """The specs' names that belong to no layer: embedding, final norm, head."""
+        return [name for name in self.specs if not name.startswith(f"{self.architecture.layers}.")]
+
+
+def expect(directory: Path, architecture: Architecture, quantization: Quantization) -> Expected:
+    """Reads `config.json`; InputError where transformers does not accept it."""
+    import torch
+
+    from fourge.walk.selection import match_linears
+    from fourge.walk.skeleton import Skeleton, load_config
+
+    config = load_config(directory)
+    del config.quantization_config
+    skeleton = Skeleton(config, architecture, torch.device("cpu"))
+    quantized = match_linears(skeleton.linears, quantization.targets, quantization.ignore)
+    specs: dict[str, TensorSpec] = {}
+    for name, shape in skeleton.shapes.items():
+        linear = name.removesuffix(".weight")
+        if linear in quantized:
+            rows, columns = shape
+            for stored, (dtype, size) in tensor_specs(linear, (rows, columns), quantization.scheme).items():
+                specs[stored] = TensorSpec((dtype,), size)
+        else:
+            tied = skeleton.tied_head and linear == architecture.head
+            specs[name] = TensorSpec(FLOAT_DTYPES, shape, optional=tied)
+    return Expected(architecture, config, quantization.scheme, quantized, skeleton.shapes, specs)
