@@ -1,10 +1,12 @@
 """Fourge turns BF16 language models of any size into verified NVFP4 checkpoints, on one ordinary machine.
 
+The verbs are functions here and commands of the same names: `fourge.quantize`, `fourge.verify`. Their modules
 import torch and transformers when called, so that `import fourge` stays light.
 """
 
 from fourge._version import VERSION as __version__
 from fourge.errors import InputError
 from fourge.quantize import QuantizeResult, quantize
+from fourge.verify import VerifyReport, verify
 
-__all__ = ["InputError", "QuantizeResult", "__version__", "quantize"]
+__all__ = ["InputError", "QuantizeResult", "VerifyReport", "__version__", "quantize", "verify"]

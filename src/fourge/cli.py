@@ -16,7 +16,8 @@ import typer
 
 from fourge.errors import InputError
 from fourge.quantize import quantize
-from fourge.report.text import quantize_summary
+from fourge.report.text import quantize_summary, verify_summary
+from fourge.verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -58,6 +59,7 @@ def _command(verb: Callable[..., Any], show: Callable[[Any], str], exit_code: Ca
 
 
 _command(quantize, quantize_summary, lambda result: 0)
+_command(verify, verify_summary, lambda report: 0 if report.passed else 1)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -218,9 +218,11 @@ class _Run:
         with Job(self.output, self.fingerprint(), self.settings.to_json()).open(restart=restart) as job:
             try:
                 yield job
-            except InputError:
-                if job.next_step == 0:
+            except BaseException:
+                if job.next_step == 0 and not job.tokens_path.exists():
                     job.discard()
+                else:
+                    job.remove_leftovers()
                 raise
 
     def token_sets(self, job: "Job") -> "TokenSets | None":
@@ -279,12 +281,16 @@ def _quantize_in(job: "Job", run: _Run) -> None:
     from fourge.methods import find_method
     from fourge.progress import WalkProgress, announced
     from fourge.walk.finish import finish_checkpoint
+    from fourge.walk.model import require_finite_ends
     from fourge.walk.steps import QuantizingWalk
     from fourge.walk.walk import Walk
 
     if job.finished:
         print(f"{run.output} is finished already; --restart would do it again", file=sys.stderr)
         return
+    if not job.continued:
+        with announced("Checking embedding and head for NaN and Inf"):
+            require_finite_ends(run.source, run.layout)
     sets = run.token_sets(job)
     streams = run.streams(sets)
     walk = Walk(run.skeleton, run.source, streams, run.dtype, run.device)
@@ -292,9 +298,6 @@ def _quantize_in(job: "Job", run: _Run) -> None:
     if job.continued:
         with announced(f"Checking {job.next_step} committed steps of {run.output}"):
             job.check_committed(walk.hidden_layout if streams else None, lambda count: None)
-    else:
-        with announced("Checking embedding and head for NaN and Inf"):
-            quantizing.require_finite_ends()
     job.remove_leftovers()
     run.require_room(streams, sum(record.size for record in job.records))
     with WalkProgress("quantize", run.layout.num_steps, job.next_step, job.metrics_path) as progress:

@@ -7,21 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fourge.checks.probe import DeepOptions, Probe, choose_probe
 from fourge.checks.report import Check, skipped
 from fourge.errors import InputError
 from fourge.quantize import resolve_device
 from fourge.settings import ComputeDtype
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fourge.checkpoint.reader import Checkpoint
     from fourge.checks.config import Quantization
     from fourge.checks.deep import DeepResult
-    from fourge.checks.expected import Expected
-    from fourge.walk.job import Manifest
-
-_MICRO_BATCH_TOKENS = 2048
 
 CHECKS = (
     *("files", "digests", "config", "tensors", "tensor_parallel", "scales", "fused_groups"),
@@ -29,6 +24,7 @@ CHECKS = (
 )
 """The names of all checks, in the order of the report."""
 _NEED_SOURCE = ("sidecars", "source_config", "unquantized", "dequantized")
+_DEEP_NEEDS = ("tensors", "scales", "fused_groups")
 
 
 @dataclass(frozen=True)
@@ -44,18 +40,6 @@ class VerifyReport:
     checks: tuple[Check, ...]
     fidelity: dict[str, Any] | None
     hidden_errors: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class ProbeOptions:
-    """How `--deep` gets its tokens and computes; field names are the options'. `probe` None takes the job's."""
-
-    probe: str | None
-    num_probe_samples: int
-    max_seq_length: int
-    seed: int
-    device: str
-    compute_dtype: str
 
 
 def verify(
@@ -93,8 +77,8 @@ def verify(
     require_quantized(output)
     arithmetic = resolve_device(device, compute_dtype, threads)
     torch.set_num_threads(arithmetic.pop("threads"))
-    options = ProbeOptions(probe, num_probe_samples, max_seq_length, seed, **arithmetic)
-    verification = _Verification(output, None if source is None else _open_source(source), options if deep else None)
+    options = DeepOptions(probe, num_probe_samples, max_seq_length, seed, **arithmetic) if deep else None
+    verification = _Verification(output, None if source is None else _open_source(source), options)
     verification.run()
     return verification.report()
 
@@ -112,18 +96,22 @@ def _open_source(source: str) -> "Checkpoint":
 class _Verification:
     """The checks made so far; what a check needs and is not there leaves it out, with the reason."""
 
-    def __init__(self, output: Path, source: "Checkpoint | None", deep: ProbeOptions | None) -> None:
+    def __init__(self, output: Path, source: "Checkpoint | None", options: DeepOptions | None) -> None:
         self.output = output
         self.source = source
-        self.deep = deep
+        self.options = options
         self.checks: dict[str, Check] = {}
-        self.deep_result: DeepResult | None = None
+        self.deep: DeepResult | None = None
 
     def run(self) -> None:
         from fourge.checks.config import check_config
         from fourge.checks.files import check_digests, check_files, read_job
 
         manifest, damage = read_job(self.output)
+        probe = None
+        if self.options is not None and self.source is not None:
+            # Before the long checks: what is wrong with the tokens is for the user to mend.
+            probe = choose_probe(self.output, self.source, manifest, self.options)
         files, checkpoint = check_files(self.output, manifest, damage)
         self._add([files, check_digests(self.output, manifest)])
         if checkpoint is None:
@@ -135,13 +123,12 @@ class _Verification:
 
             self._add([check_sidecars(checkpoint, self.source), check_source_config(checkpoint, self.source)])
         if quantization is not None:
-            self._look_inside(checkpoint, quantization, manifest)
+            self._look_inside(checkpoint, quantization, probe)
 
-    def _look_inside(
-        self, checkpoint: "Checkpoint", quantization: "Quantization", manifest: "Manifest | None"
-    ) -> None:
+    def _look_inside(self, checkpoint: "Checkpoint", quantization: "Quantization", probe: Probe | None) -> None:
         """The checks that need to know what should be there."""
         from fourge.checkpoint.architecture import find_architecture
+        from fourge.checks.deep import walk_deep
         from fourge.checks.expected import expect
         from fourge.checks.structure import check_tensor_parallel, check_tensors
         from fourge.checks.sweep import Sweep
@@ -150,47 +137,28 @@ class _Verification:
         tensors, sound = check_tensors(checkpoint, expected)
         self._add([tensors, check_tensor_parallel(expected)])
         self._add(Sweep(checkpoint, self.source, expected, sound).run())
-        if self.deep is not None and self.source is not None and tensors.status == "passed":
-            self.deep_result = _walk(checkpoint, self.source, expected, quantization, manifest, self.deep)
-            self._add([self.deep_result.check])
+        walkable = all(self.checks[name].status == "passed" for name in _DEEP_NEEDS)
+        if self.source is not None and self.options is not None and probe is not None and walkable:
+            self.deep = walk_deep(checkpoint, self.source, expected, probe, self.options)
+            self._add([self.deep.check])
 
-    def _add(self, checks: "Iterable[Check]") -> None:
+    def _add(self, checks: Iterable[Check]) -> None:
         self.checks |= {check.name: check for check in checks}
 
     def report(self) -> VerifyReport:
         checks = tuple(self.checks.get(name) or skipped(name, self._why_skipped(name)) for name in CHECKS)
-        result = self.deep_result
         return VerifyReport(
             output=self.output,
             passed=all(check.status != "failed" for check in checks),
             checks=checks,
-            fidelity=None if result is None else result.fidelity,
-            hidden_errors=[] if result is None else result.hidden_errors,
+            fidelity=None if self.deep is None else self.deep.fidelity,
+            hidden_errors=[] if self.deep is None else self.deep.hidden_errors,
         )
 
     def _why_skipped(self, name: str) -> str:
         if name in _NEED_SOURCE and self.source is None:
             return "needs --source"
-        if name == "deep" and self.deep is None:
+        if name == "deep" and self.options is None:
             return "needs --source and --deep"
-        cause = next(check.name for check in self.checks.values() if check.status == "failed")
-        return f"not possible because of what {cause} says"
-
-
-def _walk(
-    checkpoint: "Checkpoint",
-    source: "Checkpoint",
-    expected: "Expected",
-    quantization: "Quantization",
-    manifest: "Manifest | None",
-    options: ProbeOptions,
-) -> "DeepResult":
-    """`--deep`: both lanes over the tokens that `options` name, or those that the job was probed with."""
-    import torch
-
-    from fourge.checks.deep import DeepWalk
-    from fourge.walk.model import describe_model
-    from fourge.walk.streams import lay_out
-    from fourge.walk.walk import Walk
-
-    ...
+        failed = ", ".join(check.name for check in self.checks.values() if check.status == "failed")
+        return f"not possible before these pass: {failed}"

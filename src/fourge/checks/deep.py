@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fourge.checkpoint.compressed_tensors import QuantizedLinear
-from fourge.checkpoint.layout import Layout
+from fourge.checkpoint.layout import Layout, plan_layout
 from fourge.checkpoint.reader import Checkpoint
-from fourge.checks.report import Check, conclude
+from fourge.checks.expected import Expected
+from fourge.checks.probe import DeepOptions, Probe
+from fourge.checks.report import Check, conclude, skipped
 from fourge.errors import InputError
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress, format_bytes
@@ -21,8 +24,10 @@ from fourge.settings import Scheme
 from fourge.walk.head import Fidelity
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer
+from fourge.walk.skeleton import Skeleton, load_config
 from fourge.walk.statistics import Estimate
 from fourge.walk.steps import nvfp4_layer, read_layer
+from fourge.walk.streams import lay_out
 from fourge.walk.walk import Walk
 
 MOST_KL_DIV = 1.0
@@ -41,7 +46,37 @@ class DeepResult:
     hidden_errors: list[dict[str, Any]]
 
 
-class _LaneFailure(Exception):
+def walk_deep(
+    checkpoint: Checkpoint, source: Checkpoint, expected: Expected, probe: Probe, options: DeepOptions
+) -> DeepResult:
+    """Runs both lanes over the probe; skipped where the source is another model or the walk cannot run the head."""
+    device = torch.device(options.device)
+    skeleton = Skeleton(load_config(source.directory), expected.architecture, device)
+    if skeleton.shapes != expected.shapes:
+        return _not_walked("the source's config.json describes another model")
+    outside = sorted(expected.quantized.difference(expected.linears))
+    if outside:
+        return _not_walked(f"{outside[0]} is quantized, which the walk runs in the source's dtype only")
+    layout = plan_layout(
+        expected.architecture,
+        skeleton.num_layers,
+        skeleton.shapes,
+        source.tensors,
+        skeleton.tied_head,
+        expected.quantized,
+    )
+    streams = lay_out(
+        [("probe", "bf16", probe.sequences), ("probe", "nvfp4", probe.sequences)], probe.micro_batch_tokens
+    )
+    walk = Walk(skeleton, source, streams, getattr(torch, options.compute_dtype), device)
+    return DeepWalk(walk, layout, checkpoint, expected.scheme, probe.recorded).run()
+
+
+def _not_walked(why: str) -> DeepResult:
+    return DeepResult(skipped("deep", why), None, [])
+
+
+class _LaneError(Exception):
     """The nvfp4 lane could not be run to the end; the message says why."""
 
 
@@ -62,7 +97,7 @@ class DeepWalk:
             self._require_room(Path(name))
             try:
                 fidelity = self._walk(Path(name), errors)
-            except _LaneFailure as failure:
+            except _LaneError as failure:
                 return DeepResult(conclude("deep", "both lanes", [str(failure)]), None, errors)
         check = judge(fidelity, self.recorded)
         return DeepResult(check, asdict(fidelity) if math.isfinite(fidelity.kl_div.mean) else None, errors)
@@ -112,7 +147,7 @@ class DeepWalk:
         try:
             self.walk.run(lane, nvfp4, source, target, advance)
         except InputError as error:
-            raise _LaneFailure(f"layer {layer}: {error}") from error
+            raise _LaneError(f"layer {layer}: {error}") from error
         return self.walk.relative_error(target, "probe")
 
     def _read_quantized(

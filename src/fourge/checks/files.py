@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from fourge.checkpoint.folder import CONFIG
+from fourge.checkpoint.folder import CONFIG, regular_file
 from fourge.checkpoint.header import parse_object
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checks.report import Check, conclude, count, skipped
 from fourge.errors import InputError
 from fourge.progress import WalkProgress, format_bytes
-from fourge.walk.job import FOLDER, INDEX, Manifest, read_manifest, sha256_file
+from fourge.walk.job import FOLDER, INDEX, Manifest, StepRecord, read_manifest, sha256_file
+
+_MEND = "copy it again from where it was written, or quantize again with --restart"
 
 
 def require_quantized(output: Path) -> None:
@@ -81,16 +83,22 @@ def check_digests(output: Path, manifest: Manifest | None) -> Check:
     failures: list[str] = []
     with WalkProgress("digests", len(manifest.records)) as progress:
         for record in manifest.records:
-            path = output / record.shard
-            failure = None
-            if not path.is_file():
-                failure = "was committed and is gone"
-            elif path.stat().st_size != record.size:
-                failure = f"has {path.stat().st_size} bytes, {record.size} were committed"
-            elif sha256_file(path, _reporter(progress, record.size)) != record.sha256:
-                failure = "is not what was committed (its SHA-256 differs)"
+            failure = _digest_failure(output, record, progress)
             if failure is not None:
-                failures.append(f"{path}: {failure}; quantize again with --restart, or copy it again")
-            progress.finish_step(record.shard, failure or "as committed", {})
+                failures.append(failure)
+            progress.finish_step(record.shard, "as committed" if failure is None else "FAILED", {})
     total = format_bytes(sum(record.size for record in manifest.records))
     return conclude("digests", f"SHA-256 of {count(len(manifest.records), 'shard')}, {total}", failures)
+
+
+def _digest_failure(output: Path, record: StepRecord, progress: WalkProgress) -> str | None:
+    try:
+        path = regular_file(output, record.shard)
+    except InputError as error:
+        return str(error)
+    size = path.stat().st_size
+    if size != record.size:
+        return f"{path} has {size} bytes, {record.size} were committed; {_MEND}"
+    if sha256_file(path, lambda read: progress.advance(read / size, read=read)) != record.sha256:
+        return f"{path} is not what was committed (its SHA-256 differs); {_MEND}"
+    return None

@@ -6,6 +6,7 @@ from fourge.checkpoint.compressed_tensors import COLUMNS_PER_RANK_MULTIPLE
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checks.expected import Expected
 from fourge.checks.report import Check, conclude, count
+from fourge.nvfp4.quantize import GROUP_SIZE
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -24,6 +25,8 @@ def check_tensors(checkpoint: Checkpoint, expected: Expected) -> tuple[Check, fr
     sound: set[str] = set()
     if not expected.quantized:
         failures.append("targets and ignore of quantization_config leave no Linear that is quantized")
+    misfits = [linear for linear in sorted(expected.quantized) if expected.shapes[f"{linear}.weight"][1] % GROUP_SIZE]
+    failures += [f"{linear} has K not a multiple of {GROUP_SIZE}, which is not NVFP4" for linear in misfits]
     for name, spec in expected.specs.items():
         info = checkpoint.tensors.get(name)
         if info is None:
@@ -33,7 +36,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Expected) -> tuple[Check, fr
             failures.append(f"{name} is {info.dtype}, expected {' or '.join(spec.dtypes)} ({info.path.name})")
         elif info.shape != spec.shape:
             failures.append(f"{name} has shape {list(info.shape)}, expected {list(spec.shape)} ({info.path.name})")
-        else:
+        elif name.rpartition(".")[0] not in misfits:
             sound.add(name)
     failures += [
         f"{name} is not part of the model that config.json describes ({info.path.name})"

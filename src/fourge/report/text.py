@@ -6,6 +6,7 @@ from fourge.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from fourge.quantize import QuantizeResult
+    from fourge.verify import VerifyReport
 
 GIB = 1 << 30
 
@@ -15,6 +16,17 @@ def estimate_text(estimate: dict[str, Any], digits: int = 4) -> str:
     error = estimate["standard_error"]
     text = f"{estimate['mean']:.{digits}f}"
     return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def fidelity_lines(fidelity: dict[str, Any]) -> list[str]:
+    """What held-out tokens say, from a `Fidelity` as JSON: one line a measure, with its standard error."""
+    kl_div = fidelity["kl_div"]
+    return [
+        f"  KL(BF16‖NVFP4)    {estimate_text(kl_div)} nats a token, over {kl_div['tokens']} held-out tokens",
+        f"  top-1 agreement   {estimate_text(fidelity['top1_agreement'])}",
+        f"  perplexity BF16   {estimate_text(fidelity['perplexity_bf16'], 3)}",
+        f"  perplexity NVFP4  {estimate_text(fidelity['perplexity_nvfp4'], 3)}",
+    ]
 
 
 def quantize_summary(result: "QuantizeResult") -> str:
@@ -28,15 +40,26 @@ def quantize_summary(result: "QuantizeResult") -> str:
     if result.fidelity is None:
         lines.append("  fidelity     not measured (no probe sequences)")
     else:
-        f = result.fidelity
-        lines += [
-            f"  KL(BF16‖NVFP4)    {estimate_text(f['kl_div'])} nats a token, over {f['kl_div']['tokens']} held-out tokens",
-            f"  top-1 agreement   {estimate_text(f['top1_agreement'])}",
-            f"  perplexity BF16   {estimate_text(f['perplexity_bf16'], 3)}",
-            f"  perplexity NVFP4  {estimate_text(f['perplexity_nvfp4'], 3)}",
-        ]
+        lines += fidelity_lines(result.fidelity)
     lines.append(
         f"  took         {format_seconds(result.seconds)}, peak memory {format_bytes(result.peak_resident_bytes)}"
         + (" (continued)" if result.continued else "")
     )
+    return "\n".join(lines)
+
+
+def verify_summary(report: "VerifyReport") -> str:
+    """The table of `fourge verify`: a line a check, under it what is wrong, then what the walk measured."""
+    lines = [f"{report.output}"]
+    for check in report.checks:
+        status = check.status.upper() if check.status == "failed" else check.status
+        lines.append(f"  {status:<8} {check.name.replace('_', ' '):<16} {check.detail}")
+        lines += [f"           {'':<16} - {failure}" for failure in check.failures]
+    if report.fidelity is not None:
+        lines += fidelity_lines(report.fidelity)
+    if report.hidden_errors:
+        worst = max(report.hidden_errors, key=lambda error: float(error["mean"]))
+        lines.append(f"  hidden states     relative error at most {estimate_text(worst)}, after layer {worst['layer']}")
+    failed = sum(check.status == "failed" for check in report.checks)
+    lines.append("  every check passed" if report.passed else f"  {failed} of {len(report.checks)} checks FAILED")
     return "\n".join(lines)

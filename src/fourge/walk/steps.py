@@ -29,9 +29,6 @@ from fourge.walk.walk import Advance, Walk
 from fourge.walk.weight_error import relative_weight_error
 
 
-_BLOCK_BYTES = 32 << 20
-
-
 @dataclass
 class StepOutput:
     """What a step found out: tensors for its shard beside the copied ones, measures, events, a line for people."""
@@ -50,15 +47,6 @@ class QuantizingWalk:
     layout: Layout
     settings: QuantizeSettings
     method: Method
-
-    def require_finite_ends(self) -> None:
-        """Raises InputError for NaN or Inf in what only the last step would otherwise meet, hours from now."""
-        for name in (*self.layout.steps[0], *self.layout.steps[-1]):
-            info = self.walk.source.tensors[name]
-            rows = max(1, _BLOCK_BYTES // (info.nbytes // info.shape[0]))
-            for start in range(0, info.shape[0], rows):
-                block = self.walk.source.read(name, slice(start, start + rows))
-                require_finite(block, info, first_row=start)
 
     def run(self, job: Job, progress: WalkProgress) -> None:
         """Runs and commits every step that is left."""
