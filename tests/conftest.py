@@ -94,3 +94,30 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED.name}/ is not beside the checkout: real models and text are missing")
     return SHARED
+
+
+NOT_RUN: dict[str, int] = {}
+WHY_NOT_RUN = {
+    "slow": "takes minutes or an environment with llm-compressor; `make test-slow` runs them",
+    "gpu": "needs a CUDA device; `pytest -m gpu` there",
+    "vllm": "needs an environment with vLLM; `pytest -m vllm` there",
+}
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in WHY_NOT_RUN:
+            if item.get_closest_marker(marker):
+                NOT_RUN[marker] = NOT_RUN.get(marker, 0) + 1
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says what was not run and why, so that a green run does not look like more than it is."""
+    for marker, why in WHY_NOT_RUN.items():
+        terminalreporter.write_line(f"not run: {NOT_RUN.get(marker, 0)} {marker} ({why})")
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped: {count} ({reason})")

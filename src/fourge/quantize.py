@@ -83,6 +83,8 @@ def quantize(
     """
     import torch
 
+    from fourge.walk.device import resolve_device
+
     began = time.monotonic()
     settings = QuantizeSettings(
         model=model,
@@ -136,25 +138,6 @@ def peak_resident_bytes() -> int:
     """The largest resident memory this process ever had, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def resolve_device(device: str, compute_dtype: ComputeDtype, threads: int) -> dict[str, Any]:
-    """The options of these names with `auto` and 0 resolved; InputError for a device that is not there."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {device} is not cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
-    if compute_dtype == "auto":
-        compute_dtype = "float32" if kind == "cpu" else "bfloat16"
-    return {"device": device, "compute_dtype": compute_dtype, "threads": threads or torch.get_num_threads()}
 
 
 @dataclass(frozen=True)

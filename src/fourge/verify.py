@@ -10,7 +10,6 @@ import typer
 from fourge.checks.probe import DeepOptions, Probe, choose_probe
 from fourge.checks.report import Check, skipped
 from fourge.errors import InputError
-from fourge.quantize import resolve_device
 from fourge.settings import ComputeDtype
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def verify(
         bool, typer.Option(help="Run both models over probe tokens, layer by layer; needs --source.")
     ] = False,
     probe: Annotated[
-        str | None, typer.Option(help="Text for --deep: as quantize's --calibration [default: the job's probe].")
+        str | None, typer.Option(help="Text for --deep: as quantize's --calibration; the job's own probe if left out.")
     ] = None,
     num_probe_samples: Annotated[int, typer.Option(min=1, help="Sequences from --probe.")] = 8,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence from --probe, at most.")] = 512,
@@ -71,6 +70,7 @@ def verify(
     import torch
 
     from fourge.checks.files import require_quantized
+    from fourge.walk.device import resolve_device
 
     if deep and source is None:
         raise InputError("--deep compares with the source: name it with --source")

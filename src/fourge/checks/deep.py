@@ -147,7 +147,7 @@ class DeepWalk:
         try:
             self.walk.run(lane, nvfp4, source, target, advance)
         except InputError as error:
-            raise _LaneError(f"layer {layer}: {error}") from error
+            raise _LaneError(str(error)) from error
         return self.walk.relative_error(target, "probe")
 
     def _read_quantized(
@@ -194,9 +194,9 @@ def judge(fidelity: Fidelity, recorded: float | None) -> Check:
         failures.append(f"KL(BF16‖NVFP4) is {kl}")
     elif kl > MOST_KL_DIV:
         failures.append(f"KL(BF16‖NVFP4) is {kl:.4g} nats a token, above {MOST_KL_DIV:g}")
-    detail = f"KL {fidelity.kl_div}, top-1 {fidelity.top1_agreement}, {fidelity.kl_div.tokens:,} tokens"
+    detail = f"both lanes over {fidelity.kl_div.tokens:,} held-out tokens: KL {fidelity.kl_div}"
     if recorded is not None:
-        detail += f"; the job recorded KL {recorded:.5g}"
+        detail += f", the job recorded {recorded:.5g}"
         if not math.isclose(kl, recorded, rel_tol=_RELATIVE_TOLERANCE, abs_tol=_ABSOLUTE_TOLERANCE):
             failures.append(f"KL(BF16‖NVFP4) is {kl:.6g} nats a token, the job recorded {recorded:.6g}")
     return conclude("deep", detail, failures)

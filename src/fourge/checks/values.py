@@ -60,6 +60,6 @@ def fused_failures(checkpoint: Checkpoint, expected: Expected, layer: int, sound
             stored = {
                 linear: checkpoint.read(f"{linear}.{suffix}") for linear in quantized if f"{linear}.{suffix}" in sound
             }
-            if len({bytes(scale.view(torch.uint8).tolist()) for scale in stored.values()}) > 1:
+            if len({scale.view(torch.uint8).numpy().tobytes() for scale in stored.values()}) > 1:
                 values = ", ".join(f"{linear} {float(scale):g}" for linear, scale in stored.items())
                 yield f"{suffix} differs within a fused group: {values}"

@@ -1,5 +1,6 @@
 """Results as text for people."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from fourge.progress import format_bytes, format_seconds
@@ -60,6 +61,8 @@ def verify_summary(report: "VerifyReport") -> str:
     if report.hidden_errors:
         worst = max(report.hidden_errors, key=lambda error: float(error["mean"]))
         lines.append(f"  hidden states     relative error at most {estimate_text(worst)}, after layer {worst['layer']}")
-    failed = sum(check.status == "failed" for check in report.checks)
-    lines.append("  every check passed" if report.passed else f"  {failed} of {len(report.checks)} checks FAILED")
+    tally = Counter(check.status for check in report.checks)
+    lines.append(
+        "  " + ", ".join(f"{tally[status]} {status}" for status in ("passed", "failed", "skipped") if tally[status])
+    )
     return "\n".join(lines)
