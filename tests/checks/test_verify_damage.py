@@ -371,6 +371,7 @@ DAMAGED_WEIGHTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] =
     "rows in another order": ("weight_packed", lambda packed: packed.flip(0)),
     "signs turned": ("weight_packed", lambda packed: packed ^ 0x88),
     "scales transposed": ("weight_scale", lambda s: s.view(torch.uint8).reshape(4, 64).T.contiguous().view(s.dtype)),
+    "scales a quarter too large": ("weight_scale", lambda scale: (scale.float() * 1.25).to(scale.dtype)),
     "scales doubled": ("weight_scale", lambda scale: (scale.float() * 2).to(scale.dtype)),
     "a multiplier for a divisor": ("weight_global_scale", lambda scale: 1 / scale),
     "all zero": ("weight_packed", torch.zeros_like),

@@ -46,6 +46,13 @@ SMOLLM2_135M = LLAMA_405B | {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+# One KV head of 16 rows: copied to every rank, never cut.
+MULTI_QUERY = LLAMA_405B | {
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 1,
+}
 
 
 def quantization_config() -> dict[str, Any]:
@@ -69,6 +76,7 @@ def quantization_config() -> dict[str, Any]:
         # 18944 / 4 = 4736 = 148 · 32; 28 heads do not divide by 8.
         (QWEN2_7B, "1, 2, 4", "not 8: 28 attention heads"),
         (SMOLLM2_135M, "1", "not 2: 9 attention heads"),
+        (MULTI_QUERY, "1, 2, 4, 8, 16, 32", None),
         # 3584 / 4 = 896 = 28 · 32 for o_proj, but 2112 / 4 = 528 = 16.5 · 32 for down_proj.
         (QWEN2_7B | {"intermediate_size": 2112}, "1, 2", "not 4: model.layers.0.mlp.down_proj has 528"),
     ],

@@ -31,7 +31,7 @@ from fourge.walk.streams import lay_out
 from fourge.walk.walk import Walk
 
 MOST_KL_DIV = 1.0
-"""Nats a token. Published NVFP4 models stay below 0.1; above 1 the files are another model's, or damaged."""
+"""Nats a token. A model that far from its source is of no use, whether the files are damaged or not."""
 
 _RELATIVE_TOLERANCE = 0.01
 _ABSOLUTE_TOLERANCE = 1e-6
