@@ -18,14 +18,17 @@ def decode(codes: Tensor) -> Tensor:
 
 
 def round(x: Tensor) -> Tensor:
-    """The nearest E2M1 values of FP32 `x`: ties to the even code, saturating at ±6, signs of zeros kept."""
+    """The nearest E2M1 values of FP32 `x`: ties to the even code, saturating at ±6.
+
+    A negative number that rounds to zero gives −0.0, −0.0 itself gives 0.0.
+    """
     magnitude, power = _magnitude_and_power(x)
     magic = power.mul_(_TWO_TO_22)
-    return magnitude.add_(magic).sub_(magic).copysign_(x)
+    return magnitude.add_(magic).sub_(magic).copysign_(x + 0.0)
 
 
 def encode(x: Tensor) -> Tensor:
-    """The codes, uint8, of the nearest E2M1 values of FP32 `x`; for values on the grid, their own codes.
+    """The codes, uint8, of FP32 values on the grid, −0.0 being code 8; for others, those of the nearest values.
 
     After the addition of `M` the last mantissa bits count steps: 0 to 4 of a half, 2 to 4 of one, 2 or 3 of two.
     The grid's index is that count plus 0, 2 or 4, twice the exponent of the power.

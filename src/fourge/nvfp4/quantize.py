@@ -43,7 +43,7 @@ def amax(x: Tensor) -> Tensor:
 
 def global_scale(amax: Tensor) -> Tensor:
     """The divisor `448 · 6 / amax`, FP32 in the shape of `amax`; 1.0 where that overflows (see the reference)."""
-    scale = GLOBAL_RANGE / amax.float().clamp_min(torch.finfo(torch.float32).tiny)
+    scale = GLOBAL_RANGE * amax.float().clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
     return torch.where(scale.isinf(), torch.ones_like(scale), scale)
 
 
@@ -66,6 +66,7 @@ def quantize_weight(weight: Tensor, global_scale: Tensor, scales: Tensor | None 
         values = weight[block].float()
         chosen = group_scales(values, global_scale) if scales is None else scales[block].float()
         scaled = values.unflatten(-1, (-1, GROUP_SIZE)) / (chosen / global_scale).unsqueeze(-1)
+        scaled += 0.0  # −0.0 becomes 0.0, as `e2m1.round` has it; nothing else changes
         packed[block] = e2m1.pack(e2m1.encode(scaled).flatten(-2))
         scale[block] = e4m3.encode(chosen)
     return QuantizedWeight(packed, scale, global_scale.reshape(1))

@@ -38,10 +38,13 @@ def e2m1_decode(code: int) -> float:
 
 
 def e2m1_round(x: float) -> float:
-    """The nearest E2M1 value, a tie to the even code; beyond ±6 it is ±6; the sign of a zero stays."""
-    magnitude = abs(x)
+    """The nearest E2M1 value, a tie to the even code; beyond ±6 it is ±6.
+
+    A negative number that rounds to zero gives −0.0, −0.0 itself gives 0.0: so it is in compressed-tensors.
+    """
+    magnitude = min(abs(x), E2M1_MAX)
     index = min(range(8), key=lambda i: (abs(E2M1_MAGNITUDES[i] - magnitude), i % 2))
-    return math.copysign(E2M1_MAGNITUDES[index], x)
+    return -E2M1_MAGNITUDES[index] if x < 0 else E2M1_MAGNITUDES[index]
 
 
 def e2m1_encode(value: float) -> int:
@@ -75,7 +78,7 @@ _E4M3_MAGNITUDES = tuple(e4m3_decode(code) for code in range(0x7F))
 
 def e4m3_round(x: float) -> float:
     """The nearest E4M3 value, a tie to the even code; beyond ±448 it is ±448, so no NaN comes of a finite number."""
-    magnitude = abs(x)
+    magnitude = min(abs(x), E4M3_MAX)
     code = min(range(0x7F), key=lambda c: (abs(_E4M3_MAGNITUDES[c] - magnitude), c % 2))
     return math.copysign(_E4M3_MAGNITUDES[code], x)
 
@@ -86,8 +89,12 @@ def e4m3_encode(value: float) -> int:
 
 
 def global_scale(amax: float) -> float:
-    """The divisor `448 · 6 / amax` in FP32; 1.0 where that overflows (amax 0 or below 8e-36)."""
-    scale = fp32(GLOBAL_RANGE / max(amax, FP32_TINY))
+    """The divisor `448 · 6 / amax` in FP32; 1.0 where that overflows (amax 0 or below 8e-36).
+
+    The reciprocal is taken first and rounded, as torch does when it divides a number by a tensor; the oracle's
+    bits depend on it.
+    """
+    scale = fp32(GLOBAL_RANGE * fp32(1.0 / max(amax, FP32_TINY)))
     return 1.0 if math.isinf(scale) else scale
 
 
