@@ -46,9 +46,8 @@ def main() -> None:
     shutil.rmtree(BUILD)
     print(f"{'layers':>6} {'model MB':>9} {'layer MB':>9} {'peak RSS MB':>12} {'promise MB':>11} {'seconds':>8}")
     for depth, layer, peak, promise, seconds in rows:
-        print(
-            f"{depth:>6} {depth * layer / 1e6:>9.0f} {layer / 1e6:>9.1f} {peak / 1e6:>12.1f} {promise / 1e6:>11.1f} {seconds:>8.1f}"
-        )
+        sizes = f"{depth * layer / 1e6:>9.0f} {layer / 1e6:>9.1f} {peak / 1e6:>12.1f} {promise / 1e6:>11.1f}"
+        print(f"{depth:>6} {sizes} {seconds:>8.1f}")
     growth = max(row[2] for row in rows) / rows[0][2]
     within = all(peak <= promise for _, _, peak, promise, _ in rows)
     print(f"growth with depth {growth:.3f} (at most 1.05), within the promise: {'yes' if within else 'no'}")

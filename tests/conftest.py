@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-WORDS = "the of a to in is it on as at by we he so no be or an if me up do go my us am".split()
+WORDS = [left + right for left in "bdfgkl" for right in ("a", "e", "i", "o", "u")]
 
 
 def save_tokenizer(directory: Path, vocab_size: int) -> None:

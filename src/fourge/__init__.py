@@ -4,7 +4,7 @@ The verbs are functions here and commands of the same names: `fourge.quantize`, 
 import torch and transformers when called, so that `import fourge` stays light.
 """
 
-from fourge._version import VERSION as __version__
+from fourge._version import __version__
 from fourge.errors import InputError
 from fourge.quantize import QuantizeResult, quantize
 from fourge.verify import VerifyReport, verify

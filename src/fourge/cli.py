@@ -19,7 +19,7 @@ from fourge.quantize import quantize
 from fourge.report.text import quantize_summary, verify_summary
 from fourge.verify import verify
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -27,8 +27,16 @@ def _fourge() -> None:
     """BF16 language models of any size to verified NVFP4 checkpoints, on one ordinary machine."""
 
 
-def _command(verb: Callable[..., Any], show: Callable[[Any], str], exit_code: Callable[[Any], int]) -> None:
-    """Registers `verb` as a command with `--json` added; `show` makes the text for people."""
+def _command(
+    verb: Callable[..., Any],
+    show: Callable[[Any], str],
+    exit_code: Callable[[Any], int] = lambda result: 0,
+    stopped: str = "again",
+) -> None:
+    """Registers `verb` as a command with `--json` added.
+
+    `show` makes the text for people; `stopped` says, after Ctrl-C, what the same command would do now.
+    """
 
     @functools.wraps(verb)
     def run(*args: Any, json_output: bool, **options: Any) -> None:
@@ -39,7 +47,7 @@ def _command(verb: Callable[..., Any], show: Callable[[Any], str], exit_code: Ca
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            print(f"\nfourge: stopped; what was committed is kept, continue with: {command}", file=sys.stderr)
+            print(f"\nfourge: stopped; {stopped} with: {command}", file=sys.stderr)
             raise typer.Exit(2) from None
         print(json.dumps(dataclasses.asdict(result), default=str) if json_output else show(result))
         raise typer.Exit(exit_code(result))
@@ -58,7 +66,7 @@ def _command(verb: Callable[..., Any], show: Callable[[Any], str], exit_code: Ca
     app.command(verb.__name__)(run)
 
 
-_command(quantize, quantize_summary, lambda result: 0)
+_command(quantize, quantize_summary, stopped="what was committed is kept, continue")
 _command(verify, verify_summary, lambda report: 0 if report.passed else 1)
 
 

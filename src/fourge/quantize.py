@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fourge._version import VERSION
+from fourge._version import __version__
 from fourge.errors import InputError
 from fourge.settings import FREE_ON_CONTINUATION, ComputeDtype, QuantizeSettings, Scheme
 
@@ -187,7 +187,7 @@ class _Run:
         return {
             **self.settings.fingerprint(),
             "source": self.source.digest(),
-            "fourge": VERSION,
+            "fourge": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -251,8 +251,8 @@ class _Run:
         self._require_room(rows, max(batches, default=0), already_written)
 
     def _require_room(self, rows: int, longest_batch: int, already_written: int) -> None:
-        from fourge.walk.resources import estimate_needs, require_resources
         from fourge.walk.hidden import HiddenLayout
+        from fourge.walk.resources import estimate_needs, require_resources
 
         hidden = HiddenLayout(rows, self.skeleton.hidden_size, self.dtype)
         needs = estimate_needs(self.layout, self.source, self.settings.scheme, hidden, longest_batch)
@@ -268,6 +268,7 @@ def _quantize_in(job: "Job", run: _Run) -> None:
     from fourge.walk.steps import QuantizingWalk
     from fourge.walk.walk import Walk
 
+    job.remove_leftovers()
     if job.finished:
         print(f"{run.output} is finished already; --restart would do it again", file=sys.stderr)
         return
@@ -281,7 +282,6 @@ def _quantize_in(job: "Job", run: _Run) -> None:
     if job.continued:
         with announced(f"Checking {job.next_step} committed steps of {run.output}"):
             job.check_committed(walk.hidden_layout if streams else None, lambda count: None)
-    job.remove_leftovers()
     run.require_room(streams, sum(record.size for record in job.records))
     with WalkProgress("quantize", run.layout.num_steps, job.next_step, job.metrics_path) as progress:
         quantizing.run(job, progress)

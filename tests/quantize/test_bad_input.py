@@ -178,7 +178,7 @@ def test_too_little_memory(model: Path, refuse: Callable[..., str], monkeypatch:
     assert "5.0 MB are there" in line and "are needed" in line
 
 
-@pytest.mark.parametrize("text", ["", '{"text": "the of a"}\n'])
+@pytest.mark.parametrize("text", ["", '{"text": "ba be bi"}\n'])
 def test_an_empty_or_too_short_calibration_set(
     model: Path, tmp_path: Path, refuse: Callable[..., str], text: str
 ) -> None:
@@ -190,7 +190,7 @@ def test_an_empty_or_too_short_calibration_set(
 
 def test_a_chat_template_that_raises(model: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     path = tmp_path / "chats.jsonl"
-    chat = {"messages": [{"role": "user", "content": "the of a"}]}
+    chat = {"messages": [{"role": "user", "content": "ba be bi"}]}
     path.write_text("\n".join(json.dumps(chat) for _ in range(9)))
     (model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     assert "roles must alternate" in refuse(model, "--calibration", str(path))

@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Raised in the middle of a run."""
 
 
@@ -33,7 +33,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
     def stopping(self: Job, record: Any) -> None:
         if self.next_step == steps:
-            raise Stopped
+            raise StoppedError
         commit(self, record)
 
     monkeypatch.setattr(Job, "commit", stopping)
@@ -42,7 +42,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 @pytest.fixture
 def stopped(pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A job of which two steps of four are committed."""
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
         stop_after(patch, 2)
         fourge.quantize(str(pico()), tmp_path / "out", **OPTIONS)
     return tmp_path / "out"
@@ -122,7 +122,7 @@ def test_damaged_hidden_states_are_named(stopped: Path, pico: Callable[..., Path
 
 def test_damaged_tokens_are_named(stopped: Path, pico: Callable[..., Path]) -> None:
     flip_bit(stopped / FOLDER / "tokens.safetensors", -5)
-    with pytest.raises(InputError, match="tokens.safetensors"):
+    with pytest.raises(InputError, match=r"tokens\.safetensors"):
         fourge.quantize(str(pico()), stopped, **OPTIONS)
 
 
@@ -148,7 +148,7 @@ def test_a_full_disk_in_the_middle_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(fourge.walk.steps, "write_safetensors", full)
-        with pytest.raises(InputError, match="No space left on device.*continue"):
+        with pytest.raises(InputError, match=r"No space left on device.*continue"):
             fourge.quantize(str(pico()), stopped, **OPTIONS)
     assert (stopped / FOLDER / "job.json").read_bytes() == before
     assert fourge.walk.steps.write_safetensors is write_safetensors

@@ -25,19 +25,19 @@ def replace_durably(temporary: Path, final: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Replaces `path` durably by `content` as JSON: keys sorted, indented by 2, newline at the end."""
-    with _beside(path) as temporary:
+    with replaced(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Replaces `target` durably by a copy of `source`'s content; a symlink is followed."""
-    with _beside(target) as temporary:
+    with replaced(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextmanager
-def _beside(final: Path) -> Iterator[Path]:
-    """A temporary name in `final`'s folder, put in its place at the end and removed on an exception."""
+def replaced(final: Path) -> Iterator[Path]:
+    """A temporary name in `final`'s folder, put in its place durably at the end and removed on an exception."""
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         yield temporary

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fourge.checkpoint.durable import replace_durably
+from fourge.checkpoint.durable import replaced
 from fourge.errors import InputError
 
 _ROLES = ("calibration", "probe")
@@ -72,13 +72,8 @@ def save_token_sets(path: Path, sets: TokenSets) -> None:
         arrays[f"{role}.tokens"], arrays[f"{role}.lengths"] = tokens.tokens, tokens.lengths
     # One metadata key only: safetensors keeps several in a hash map, whose order differs from run to run.
     content = save(arrays, metadata={_PROVENANCE: json.dumps(sets.provenance, sort_keys=True)})
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replaced(path) as temporary:
         temporary.write_bytes(content)
-        replace_durably(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_token_sets(path: Path) -> TokenSets:

@@ -249,7 +249,6 @@ class Job:
         write_rest()
         write_json(self.output / INDEX, index)
         self.remove_leftovers()
-        self.hidden_path(self.next_step).unlink(missing_ok=True)
         fsync_directory(self.folder)
 
     # Continuing
@@ -276,8 +275,8 @@ class Job:
             raise InputError(f"{path} is not what was committed (its checksum differs); {mend}")
 
     def remove_leftovers(self) -> None:
-        """Deletes what a killed run left: temporary files and hidden states other than the next step's."""
-        for path in self.folder.iterdir():
-            stale = path.name.startswith("hidden-") and path != self.hidden_path(self.next_step)
-            if stale or path.suffix == ".tmp":
+        """Deletes what a killed run left: temporary files, and hidden states that no step will read any more."""
+        for path in [*self.folder.iterdir(), *self.output.glob(".*.tmp")]:
+            needed = path == self.hidden_path(self.next_step) and not self.finished
+            if path.suffix == ".tmp" or (path.name.startswith("hidden-") and not needed):
                 path.unlink()
