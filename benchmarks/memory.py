@@ -21,7 +21,7 @@ def peak_of(model: Path, output: Path, length: int, threads: int) -> tuple[int, 
     """Peak resident bytes and seconds of one `fourge quantize` in a fresh process."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(output), "--json"]
-    command += ["--calibration", "random", "--num-calibration-samples", "4", "--num-probe-samples", "2"]
+    command += ["--calibration", "random", "--num-calibration-samples", "2", "--num-probe-samples", "1"]
     command += ["--max-seq-length", str(length), "--micro-batch-tokens", str(length), "--threads", str(threads)]
     result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return result["peak_resident_bytes"], result["seconds"]
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     # The residual stream and its relatives at the hidden width, gate, up and their product at the other, in FP32.
     micro_batch = options.tokens * (6 * options.hidden + 4 * options.intermediate) * 4

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -43,14 +43,21 @@ def format_bytes(count: float) -> str:
 class WalkProgress:
     """Progress of one walk of `num_steps` steps, of which `done` were committed before.
 
-    Work is counted in `units` of equal cost (a layer's micro-batches, a file's blocks) within a step; the ETA
-    follows from the steps finished in this run and the share of the one under way.
+    `costs` says what the steps cost relative to each other (all the same where it is left out); the ETA follows
+    from the cost of the steps finished in this run and the share of the one under way.
     """
 
     def __init__(
-        self, title: str, num_steps: int, done: int = 0, log: Path | None = None, stream: TextIO | None = None
+        self,
+        title: str,
+        num_steps: int,
+        done: int = 0,
+        log: Path | None = None,
+        stream: TextIO | None = None,
+        costs: Sequence[float] | None = None,
     ) -> None:
         self._title, self._num_steps, self._first = title, num_steps, done
+        self._costs = [1.0] * num_steps if costs is None else list(costs)
         self._done, self._share = done, 0.0
         self._stream = stream or sys.stderr
         self._log = log
@@ -83,10 +90,12 @@ class WalkProgress:
     @property
     def eta_seconds(self) -> float | None:
         """Seconds to the end at this run's pace; None before anything was done."""
-        here = self._done - self._first + self._share
-        if here <= 0:
+        under_way = self._share * sum(self._costs[self._done : self._done + 1])
+        done = sum(self._costs[self._first : self._done]) + under_way
+        if done <= 0:
             return None
-        return (time.monotonic() - self._began) / here * (self._num_steps - self._done - self._share)
+        left = sum(self._costs[self._done :]) - under_way
+        return (time.monotonic() - self._began) / done * left
 
     def advance(self, share: float, *, tokens: int = 0, read: int = 0) -> None:
         """Adds a share (0 to 1) of the step under way, tokens run through it and bytes read."""

@@ -84,6 +84,7 @@ def quantize(
     import torch
 
     from fourge.walk.device import resolve_device
+    from fourge.walk.resources import return_freed_layers
 
     began = time.monotonic()
     settings = QuantizeSettings(
@@ -104,6 +105,7 @@ def quantize(
         **resolve_device(device, compute_dtype, threads),
     )
     torch.set_num_threads(settings.threads)
+    return_freed_layers()
     run = _Run.prepare(settings, output)
     with run.open_job(restart) as job, _disk_errors_named(output):
         _quantize_in(job, run)
@@ -283,7 +285,8 @@ def _quantize_in(job: "Job", run: _Run) -> None:
         with announced(f"Checking {job.next_step} committed steps of {run.output}"):
             job.check_committed(walk.hidden_layout if streams else None, lambda count: None)
     run.require_room(streams, sum(record.size for record in job.records))
-    with WalkProgress("quantize", run.layout.num_steps, job.next_step, job.metrics_path) as progress:
+    steps, costs = run.layout.num_steps, quantizing.costs()
+    with WalkProgress("quantize", steps, job.next_step, job.metrics_path, costs=costs) as progress:
         quantizing.run(job, progress)
     finish_checkpoint(job, run.source, run.layout, run.settings.scheme, sets.provenance if sets else None)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight, fake_quantize
 
-ROWS_BYTES = 32 << 20
+ROWS_BYTES = 8 << 20
 
 
 class InputSite:

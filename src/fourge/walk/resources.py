@@ -1,6 +1,8 @@
 """What a quantization needs and what the machine has: said, and refused, before anything is done."""
 
+import ctypes
 import os
+import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from fourge.errors import InputError
 from fourge.progress import format_bytes, resident_bytes
 from fourge.settings import Scheme
 from fourge.walk.hidden import HiddenLayout
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_MAPPED_BLOCK_BYTES = 16 << 20
 
 _WORKING_BYTES = 200 << 20
 """Blocks of rows, I/O buffers and the allocator's slack, whatever the model's size."""
@@ -52,6 +57,17 @@ def estimate_needs(
     # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
     micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
     return Needs(output, hidden.nbytes, layer, micro_batch)
+
+
+def return_freed_layers() -> None:
+    """Makes the allocator give a freed layer back to the system at once, so that memory does not grow with depth.
+
+    glibc raises its threshold for mapped blocks up to 32 MB as such blocks are freed; later layers then come from
+    the heap, where they leave holes that the next ones do not quite fit. A threshold that is set stays. Small
+    blocks are left to the heap: mapping them would cost more than they save. Other allocators need none of this.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BLOCK_BYTES)
 
 
 def available_memory() -> int:

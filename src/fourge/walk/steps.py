@@ -47,6 +47,16 @@ class QuantizingWalk:
     settings: QuantizeSettings
     method: Method
 
+    def costs(self) -> list[float]:
+        """What each step costs relative to a decoder layer, for an ETA: arithmetic, or bytes where none is done."""
+        sizes = [sum(self.walk.source.tensors[name].nbytes for name in names) for names in self.layout.steps]
+        if not self.walk.streams:
+            return [size / sizes[1] for size in sizes]
+        probe = self.walk.stream("probe", "nvfp4")
+        rows = 2 * probe.num_tokens if probe else 0
+        # The embedding is looked up; the head is multiplied with the probe's rows alone, in both lanes.
+        return [0.01, *[1.0] * self.layout.num_layers, 0.01 + sizes[0] / sizes[1] * rows / self.walk.hidden_layout.rows]
+
     def run(self, job: Job, progress: WalkProgress) -> None:
         """Runs and commits every step that is left."""
         for step in range(job.next_step, self.layout.num_steps):
