@@ -140,12 +140,13 @@ class DeepWalk:
             progress.advance(share / 2, tokens=tokens)
 
         weights = read_layer(self.walk, self.layout, layer, progress)
-        self.walk.run(LaneLayer(self.walk.skeleton, layer, weights, self.walk.dtype), bf16, source, target, advance)
+        with LaneLayer(self.walk.skeleton, layer, weights, self.walk.dtype) as lane:
+            self.walk.run(lane, bf16, source, target, advance)
         del weights
         kept, linears = self._read_quantized(layer, progress)
-        lane = nvfp4_layer(self.walk, self.layout, layer, kept, linears)
         try:
-            self.walk.run(lane, nvfp4, source, target, advance)
+            with nvfp4_layer(self.walk, self.layout, layer, kept, linears) as lane:
+                self.walk.run(lane, nvfp4, source, target, advance)
         except InputError as error:
             raise _LaneError(str(error)) from error
         return self.walk.relative_error(target, "probe")

@@ -1,6 +1,8 @@
 """One decoder layer of one lane: transformers' module, with its Linears reading weights as they are stored."""
 
 from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ class LaneLayer:
     """Decoder layer `index` with `weights`; `sites` names, per group, what happens to its shared input.
 
     Runs `[batch, length, hidden]` to the same shape, in the dtype of what it is given. A group without a site
-    passes its input on unchanged.
+    passes its input on unchanged. To be used in a `with`: modules of transformers lie on reference cycles, so the
+    weights of a layer that is merely forgotten stay until the collector comes by, a layer or two later.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class LaneLayer:
         self._skeleton = skeleton
         self.index = index
         self._sites: list[InputSite] = []
+        self._linears: list[LaneLinear] = []
         self._module = skeleton.new_layer(index)
         rest = dict(weights)
         for group in skeleton.architecture.groups:
@@ -48,11 +52,21 @@ class LaneLayer:
                 bias = rest.pop(f"{name}.bias", None)
                 assert not isinstance(bias, QuantizedWeight)
                 linear = LaneLinear(rest.pop(f"{name}.weight"), None if bias is None else bias.to(dtype), site)
+                self._linears.append(linear)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self._module.get_submodule(parent), attribute, linear)
         fill(self._module, {name: t for name, t in rest.items() if isinstance(t, Tensor)}, dtype)
         left = [name for name, parameter in self._module.named_parameters() if parameter.is_meta]
         assert not left, f"layer {index} was given no {left}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for linear in self._linears:
+            del linear.stored
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:

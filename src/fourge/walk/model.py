@@ -10,7 +10,7 @@ from fourge.checkpoint.reader import Checkpoint, require_finite
 from fourge.walk.selection import select_linears
 from fourge.walk.skeleton import Skeleton, load_config
 
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 8 << 20
 
 
 def describe_model(

@@ -60,11 +60,14 @@ class QuantizingWalk:
     def run(self, job: Job, progress: WalkProgress) -> None:
         """Runs and commits every step that is left."""
         for step in range(job.next_step, self.layout.num_steps):
-            output, checksum = self._step(step, job, progress)
-            shard = shard_name(step, self.layout.num_steps)
-            written = write_safetensors(job.shard_temporary, self._entries(step, output.linears))
-            job.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
-            progress.finish_step(self.layout.step_name(step), output.facts, {"step": step} | output.measures)
+            self._run_one(step, job, progress)
+
+    def _run_one(self, step: int, job: Job, progress: WalkProgress) -> None:
+        output, checksum = self._step(step, job, progress)
+        shard = shard_name(step, self.layout.num_steps)
+        written = write_safetensors(job.shard_temporary, self._entries(step, output.linears))
+        job.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
+        progress.finish_step(self.layout.step_name(step), output.facts, {"step": step} | output.measures)
 
     def _step(self, step: int, job: Job, progress: WalkProgress) -> tuple[StepOutput, int | None]:
         last = step == self.layout.num_steps - 1
@@ -144,8 +147,8 @@ class QuantizingWalk:
         for name, sites in (("calibration", watched), ("probe", None)):
             stream = self.walk.stream(name, "bf16")
             if stream is not None:
-                lane = LaneLayer(self.walk.skeleton, layer, weights, self.walk.dtype, sites)
-                self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
+                with LaneLayer(self.walk.skeleton, layer, weights, self.walk.dtype, sites) as lane:
+                    self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
 
     def _quantize(
         self,
@@ -185,8 +188,8 @@ class QuantizingWalk:
     ) -> None:
         stream = self.walk.stream("probe", "nvfp4")
         assert stream is not None
-        lane = nvfp4_layer(self.walk, self.layout, layer, kept, linears)
-        self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
+        with nvfp4_layer(self.walk, self.layout, layer, kept, linears) as lane:
+            self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
 
 
 def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -> dict[str, Tensor | QuantizedWeight]:

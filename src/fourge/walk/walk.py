@@ -16,7 +16,7 @@ from fourge.walk.skeleton import Skeleton
 from fourge.walk.statistics import Estimate, clustered_mean
 from fourge.walk.streams import Stream
 
-_HEAD_BLOCK_BYTES = 32 << 20
+_HEAD_BLOCK_BYTES = 8 << 20
 
 Advance = Callable[[float, int], None]
 """Told of the share of the whole call that a micro-batch was, and of its tokens."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight
 
-_BLOCK_VALUES = 4 << 20
+_BLOCK_VALUES = 512 << 10
 
 
 class RelativeError:
@@ -31,7 +31,7 @@ class RelativeError:
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of rows that cover a weight of `shape` `[N, K]`, each of about four million values."""
+    """Slices of rows that cover a weight of `shape` `[N, K]`, each of about half a million values."""
     step = max(1, _BLOCK_VALUES // shape[1])
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
