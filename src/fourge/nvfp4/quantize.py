@@ -18,6 +18,8 @@ GROUP_SIZE = 16
 _BLOCK_VALUES = 256 << 10
 """Values a block: the best of 16 k … 4 M on CPUs, where it keeps the temporaries in the cache."""
 
+_MAGNITUDE_BITS = 0x7FFFFFFF
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -49,7 +51,9 @@ def global_scale(amax: Tensor) -> Tensor:
 
 def group_scales(x: Tensor, global_scale: Tensor) -> Tensor:
     """Max-calibrated scales of the groups of FP32 `x` `[…, K]`: FP32 `[…, K/16]` on E4M3's grid, never zero."""
-    largest = x.unflatten(-1, (-1, GROUP_SIZE)).abs().amax(-1)
+    assert x.dtype == torch.float32
+    magnitudes = x.view(torch.int32) & _MAGNITUDE_BITS  # ordered as the numbers are, and a faster maximum on CPUs
+    largest = _groups(magnitudes).amax(-1).view(torch.float32)
     scales = e4m3.round(global_scale * (largest / E2M1_MAX))
     return scales.masked_fill_(scales == 0, ZERO_SCALE)
 
@@ -65,23 +69,22 @@ def quantize_weight(weight: Tensor, global_scale: Tensor, scales: Tensor | None 
     for block in _row_blocks(rows, columns, weight.device):
         values = weight[block].float()
         chosen = group_scales(values, global_scale) if scales is None else scales[block].float()
-        scaled = values.unflatten(-1, (-1, GROUP_SIZE)) / (chosen / global_scale).unsqueeze(-1)
+        scaled = _groups(values) / (chosen / global_scale).unsqueeze(-1)
         scaled += 0.0  # −0.0 becomes 0.0, as `e2m1.round` has it; nothing else changes
         packed[block] = e2m1.pack(e2m1.encode(scaled).flatten(-2))
         scale[block] = e4m3.encode(chosen)
     return QuantizedWeight(packed, scale, global_scale.reshape(1))
 
 
-def dequantize_weight(
-    weight: QuantizedWeight, rows: slice = slice(None), dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantize_weight(weight: QuantizedWeight, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
     """`e2m1 · (scale / global_scale)` for `rows` of a weight, `[n, K]`: computed in FP32, then cast to `dtype`."""
     packed, scale = weight.packed[rows], weight.scale[rows]
     count, columns = packed.shape[0], 2 * packed.shape[1]
-    table = e2m1.byte_values(packed.device)
+    table = e2m1.byte_values(packed.device).view(torch.int64).flatten()  # a pair of FP32 values moves as one number
     result = torch.empty(count, columns, dtype=dtype, device=packed.device)
     for block in _row_blocks(count, columns, packed.device):
-        values = table.index_select(0, packed[block].flatten().int()).view(-1, columns // GROUP_SIZE, GROUP_SIZE)
+        pairs = table.index_select(0, packed[block].flatten().int())
+        values = pairs.view(torch.float32).view(-1, columns // GROUP_SIZE, GROUP_SIZE)
         values *= (e4m3.decode(scale[block]) / weight.global_scale).unsqueeze(-1)
         result[block] = values.flatten(-2)
     return result
@@ -97,9 +100,14 @@ def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
     for block in _row_blocks(flat.shape[0], flat.shape[1], flat.device):
         values = flat[block].float()
         scales = (group_scales(values, global_scale) / global_scale).unsqueeze(-1)
-        rounded = e2m1.round(values.unflatten(-1, (-1, GROUP_SIZE)) / scales)
+        rounded = e2m1.round(_groups(values) / scales)
         result[block] = rounded.mul_(scales).flatten(-2)
     return result.view(x.shape)
+
+
+def _groups(x: Tensor) -> Tensor:
+    """`[…, K]` as `[…, K/16, 16]`."""
+    return x.reshape(*x.shape[:-1], -1, GROUP_SIZE)
 
 
 def _row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
