@@ -23,7 +23,7 @@ def speak(model_directory: Path, new_tokens: int) -> list[str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype="auto")
     answers = []
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
