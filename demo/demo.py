@@ -43,7 +43,7 @@ def main() -> None:
     output = BUILD / ("SmolLM2-135M-Instruct-NVFP4" + ("-quick" if quick else ""))
     shutil.rmtree(output, ignore_errors=True)
 
-    samples, probes, length = (8, 4, 128) if quick else (64, 32, 512)
+    samples, probes, length = (8, 4, 128) if quick else (32, 32, 256)
     result = fourge.quantize(
         str(source),
         output,
