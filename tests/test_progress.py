@@ -11,7 +11,8 @@ from fourge.progress import WalkProgress, format_bytes, format_seconds
 
 
 def test_seconds_and_bytes_for_people() -> None:
-    assert [format_seconds(s) for s in (0.4, 59, 61, 3599, 3600, 7_384)] == ["0s", "59s", "1m01s", "59m59s", "1h00m", "2h03m"]
+    seconds = [format_seconds(s) for s in (0.4, 59, 61, 3599, 3600, 7_384)]
+    assert seconds == ["0s", "59s", "1m01s", "59m59s", "1h00m", "2h03m"]
     assert [format_bytes(b) for b in (999, 1000, 811.7e9, 2.5e12)] == ["999 B", "1.0 kB", "811.7 GB", "2.50 TB"]
 
 
