@@ -163,7 +163,11 @@ class _Run:
         from fourge.methods import find_method
         from fourge.walk.model import describe_model
 
-        find_method(settings.method)
+        method = find_method(settings.method)
+        if settings.calibration == "none" and method.needs_hessian:
+            raise InputError(
+                f"--calibration none: --method {settings.method} needs data; name some, or --method search"
+            )
         if settings.scheme == "NVFP4" and settings.calibration == "none":
             raise InputError(
                 "--calibration none: NVFP4 needs data for its input scales; name some, or --scheme NVFP4A16"
@@ -180,7 +184,10 @@ class _Run:
     @property
     def needs_calibration(self) -> bool:
         """Weight-only `max` looks at no activation, so there the calibration set would run for nothing."""
-        return self.settings.scheme == "NVFP4"
+        from fourge.methods import find_method
+
+        method = find_method(self.settings.method)
+        return self.settings.scheme == "NVFP4" or method.weighs_channels or method.needs_hessian
 
     def fingerprint(self) -> dict[str, Any]:
         import torch
@@ -236,14 +243,21 @@ class _Run:
         return read_token_sets(job.tokens_path)
 
     def streams(self, sets: "TokenSets | None") -> "tuple[Stream, ...]":
+        from fourge.methods import find_method
         from fourge.walk.streams import lay_out
 
         if sets is None:
             return ()
         calibration = sets.calibration.sequences if self.needs_calibration else ()
+        propagated = calibration if find_method(self.settings.method).needs_hessian else ()
         probe = sets.probe.sequences
         return lay_out(
-            [("calibration", "bf16", calibration), ("probe", "bf16", probe), ("probe", "nvfp4", probe)],
+            [
+                ("calibration", "bf16", calibration),
+                ("calibration", "nvfp4", propagated),
+                ("probe", "bf16", probe),
+                ("probe", "nvfp4", probe),
+            ],
             self.settings.micro_batch_tokens,
         )
 

@@ -19,7 +19,7 @@ from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer, fill
 from fourge.walk.model import describe_model
-from fourge.walk.steps import nvfp4_layer
+from fourge.walk.steps import quantized_layer
 from fourge.walk.streams import lay_out
 from fourge.walk.walk import Walk
 
@@ -79,7 +79,7 @@ def walk_lane(
             kept = {
                 n.removeprefix(prefix): source.read(n) for n in names if n[: -len(".weight")] not in layout.quantized
             }
-            lane = nvfp4_layer(walk, layout, layer, kept, read_linears(quantized, prefix))
+            lane = quantized_layer(walk, layout, layer, kept, read_linears(quantized, prefix))
         with (
             HiddenFile(folder / str(layer), walk.hidden_layout, create=False) as before,
             HiddenFile(folder / str(layer + 1), walk.hidden_layout, create=True) as after,

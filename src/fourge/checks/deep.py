@@ -26,7 +26,7 @@ from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer
 from fourge.walk.skeleton import Skeleton, load_config
 from fourge.walk.statistics import Estimate
-from fourge.walk.steps import nvfp4_layer, read_layer
+from fourge.walk.steps import quantized_layer, read_layer
 from fourge.walk.streams import lay_out
 from fourge.walk.walk import Walk
 
@@ -145,7 +145,7 @@ class DeepWalk:
         del weights
         kept, linears = self._read_quantized(layer, progress)
         try:
-            with nvfp4_layer(self.walk, self.layout, layer, kept, linears) as lane:
+            with quantized_layer(self.walk, self.layout, layer, kept, linears) as lane:
                 self.walk.run(lane, nvfp4, source, target, advance)
         except InputError as error:
             raise _LaneError(str(error)) from error

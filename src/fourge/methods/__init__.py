@@ -4,9 +4,16 @@ from collections.abc import Mapping
 
 from fourge.errors import InputError
 from fourge.methods.base import Method
+from fourge.methods.curvature_methods import AlongCurvature, gptq_under_searched_scales, replay_from_max_scales
 from fourge.methods.max import Max
+from fourge.methods.search import Search
 
-METHODS: Mapping[str, Method] = {"max": Max()}
+METHODS: Mapping[str, Method] = {
+    "max": Max(),
+    "search": Search(),
+    "gptq": AlongCurvature(gptq_under_searched_scales),
+    "replay": AlongCurvature(replay_from_max_scales),
+}
 
 
 def find_method(name: str) -> Method:

@@ -10,7 +10,14 @@ from fourge.nvfp4.quantize import QuantizedWeight
 
 
 class Method(Protocol):
-    """Quantizes the weights of one group of Linears that share an input."""
+    """Quantizes the weights of one group of Linears that share an input.
+
+    `weighs_channels`: wants `InputStatistics.importance` where there is data. `needs_hessian`: cannot do without
+    `InputStatistics.hessian`, and so needs data, and calibration sequences in the quantized lane.
+    """
+
+    weighs_channels: bool
+    needs_hessian: bool
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
@@ -18,6 +25,6 @@ class Method(Protocol):
         """`weights`: name → `[N, K]` in the source's dtype; `statistics`: the shared input's, None without data.
 
         All members get one global scale. Anything out of the ordinary (a fallback, a degenerate input) is
-        appended to `events`. Entries may be taken out of `weights` by the caller afterwards; they are not kept.
+        appended to `events`.
         """
         ...

@@ -1,15 +1,14 @@
 """GPTQ (Frantar et al., arXiv 2210.17323) under group scales given beforehand.
 
-Minimised is ‖X (w − ŵ)‖² + λ‖w − ŵ‖² for each row w: columns are rounded left to right, and every column takes up
-the error of those before it as far as the inputs correlate (`fourge.methods.hessian`).
+Minimised is ‖X (w − ŵ)‖² + λ‖w − ŵ‖² for each row w: one column after the other is rounded, and takes up the misses
+of those before it as far as the inputs correlate (`fourge.methods.hessian`).
 """
 
 import torch
 from torch import Tensor
 
 from fourge.methods.hessian import Curvature
-from fourge.methods.packing import pack_values
-from fourge.methods.sweep import group_steps, row_chunks, sweep
+from fourge.methods.sweep import chunks_in_walk_order, nearest, quantized, sweep
 from fourge.nvfp4 import e2m1
 from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
 
@@ -17,32 +16,31 @@ from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
 def gptq(
     weight: Tensor, scales: Tensor, global_scale: Tensor, curvature: Curvature, block_size: int = 16
 ) -> QuantizedWeight:
-    """Rounds `weight` `[N, K]` under `scales` `[N, K/16]` (E4M3 grid) and the divisor `global_scale`, one value.
+    """Rounds `weight` `[N, K]`, any float dtype, under `scales` `[N, K/16]` on E4M3's positive grid.
 
-    Computed in the dtype of `curvature`. `block_size` columns are fed back one by one before a matrix product
-    takes over: it changes the order of sums and nothing else.
+    `global_scale`, `[]` or `[1]`, is the divisor. Computed in the dtype and on the device of `curvature`; the
+    result lies there. `block_size` columns are fed forward one by one before matrix products take over: it decides
+    the order of sums and nothing else.
     """
-    values = torch.empty_like(weight, dtype=curvature.cost.dtype)
-    for rows in row_chunks(weight):
-        values[rows] = _round(weight[rows].to(values), scales[rows].to(values), global_scale, curvature, block_size).T
-    return pack_values(values, scales, global_scale)
+    chunks = (
+        (_round(weight_kn, scales_gn / global_scale.to(scales_gn), curvature, block_size), scales_gn)
+        for weight_kn, scales_gn in chunks_in_walk_order(weight, scales, curvature)
+    )
+    return quantized(chunks, global_scale, curvature)
 
 
-def _round(weight: Tensor, scales: Tensor, global_scale: Tensor, curvature: Curvature, block_size: int) -> Tensor:
-    """E2M1 values, transposed: `[K, N]`."""
-    steps = group_steps(scales, global_scale)
-    work = weight.T.contiguous()
-    values = torch.empty_like(work)
-
-    def commit(columns: slice, block: Tensor) -> None:
-        original = weight[:, columns].T.contiguous()
+def _round(weight_kn: Tensor, steps_gn: Tensor, curvature: Curvature, block_size: int) -> Tensor:
+    """E2M1 codes, uint8 `[K, n]`."""
+    codes_kn = torch.empty_like(weight_kn, dtype=torch.uint8)
+    for columns, fed in sweep(weight_kn.shape[1], curvature, block_size):
         feedback = curvature.feedback[columns, columns].T.contiguous()
-        for j, column in enumerate(range(columns.start, columns.stop)):
-            step = steps[column // GROUP_SIZE]
-            target = torch.addmv(block[j], block[:j].T, feedback[j, :j])
-            value = torch.div(target, step, out=target)
-            values[column] = e2m1.round(value)
-            torch.addcmul(original[j], values[column], step, value=-1, out=block[j])
-
-    sweep(work, curvature.feedback, block_size, commit)
-    return values
+        values = torch.empty_like(fed)
+        for j in range(len(fed)):
+            column = columns.start + j
+            step = steps_gn[column // GROUP_SIZE]
+            # The rows of `fed` before j hold w − q by now.
+            target = torch.addmv(fed[j], fed[:j].T, feedback[j, :j]).add_(weight_kn[column])
+            values[j] = nearest(target.div_(step))
+            torch.addcmul(weight_kn[column], values[j], step, value=-1, out=fed[j])
+        codes_kn[columns] = e2m1.encode(values.float())
+    return codes_kn

@@ -2,8 +2,8 @@
 
 Minimised is ‖X (w − q)‖² = (w − q)ᵀ H (w − q) with H = XᵀX. With H + λI = F diag(cost) Fᵀ, F upper triangular with
 ones on its diagonal, that is Σ_j cost_j (v_j − q_j)², where v_j = w_j + Σ_{i<j} F_ij (w_i − q_i) is known once the
-columns to its left are rounded: so the walk left to right rounds v_j, and cost_j says what a miss there costs.
-This is GPTQ (arXiv 2210.17323), whose Cholesky factor U of the inverse is (F diag(√cost))⁻¹; no inverse is needed.
+columns before j are rounded: so a walk over the columns rounds v_j, and cost_j is what a miss there costs.
+This is GPTQ (arXiv 2210.17323): its Cholesky factor U of the inverse is (F diag(√cost))⁻¹, but no inverse is needed.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOKENS_PER_CHUNK = 4096
-COLUMNS_PER_BLOCK = 1024
+from fourge.nvfp4.quantize import GROUP_SIZE
+
+_TOKENS_PER_CHUNK = 4096
+_COLUMNS_PER_BLOCK = 1024
 
 
 class HessianAccumulator:
     """Sums XᵀX over the inputs X of a Linear, in FP32 (or `dtype`), and counts their tokens."""
 
-    def __init__(
-        self, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.tokens = 0
         self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
 
@@ -29,12 +29,12 @@ class HessianAccumulator:
         """Takes inputs `[..., K]` of any float dtype."""
         tokens = x.reshape(-1, x.shape[-1])
         self.tokens += tokens.shape[0]
-        for chunk in tokens.split(TOKENS_PER_CHUNK):
+        for chunk in torch.split(tokens, _TOKENS_PER_CHUNK):
             x_tk = chunk.to(self._sum)
-            # Only the blocks on and above the diagonal: half the arithmetic, the rest is mirrored when read.
-            for start in range(0, x_tk.shape[1], COLUMNS_PER_BLOCK):
-                stop = start + COLUMNS_PER_BLOCK
-                self._sum[start:stop, start:].addmm_(x_tk[:, start:stop].T, x_tk[:, start:])
+            # Only the blocks on and above the diagonal: half the arithmetic; `matrix` mirrors them.
+            for start in range(0, x_tk.shape[1], _COLUMNS_PER_BLOCK):
+                columns = slice(start, start + _COLUMNS_PER_BLOCK)
+                self._sum[columns, start:].addmm_(x_tk[:, columns].T, x_tk[:, start:])
 
     @property
     def diagonal(self) -> Tensor:
@@ -42,57 +42,88 @@ class HessianAccumulator:
         return self._sum.diagonal().clone()
 
     @property
+    def blocks(self) -> Tensor:
+        """The blocks on XᵀX's diagonal, one a group, `[K/16, 16, 16]`."""
+        groups = self._sum.shape[0] // GROUP_SIZE
+        by_group = self._sum.view(groups, GROUP_SIZE, groups, GROUP_SIZE)
+        return by_group.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+    @property
     def matrix(self) -> Tensor:
-        """XᵀX, `[K, K]`, symmetric: the accumulator's own memory, not a copy."""
-        for start in range(0, self._sum.shape[1], COLUMNS_PER_BLOCK):
-            stop = start + COLUMNS_PER_BLOCK
+        """XᵀX, `[K, K]`, symmetric up to the order of sums: the accumulator's own memory, not a copy."""
+        for start in range(0, self._sum.shape[0], _COLUMNS_PER_BLOCK):
+            stop = start + _COLUMNS_PER_BLOCK
             self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
         return self._sum
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """H + λI = F diag(cost) Fᵀ: `feedback` F `[K, K]`, unit upper triangular, and `cost` `[K]`, positive."""
+    """H + λI = F diag(cost) Fᵀ, rows and columns in the order in which the walk takes them.
 
+    `order` int64 `[K]`, a permutation that keeps groups of 16 together; `feedback` F `[K, K]`, unit upper
+    triangular; `cost` `[K]`, positive.
+    """
+
+    order: Tensor
     feedback: Tensor
     cost: Tensor
 
 
-def factorize(hessian: Tensor, events: list[dict[str, Any]], linear: str, dampening: float = 0.05) -> Curvature:
-    """The factor of H + λI, λ = `dampening` times H's mean diagonal. H `[K, K]` symmetric, FP32 or FP64.
+def by_activity(diagonal: Tensor) -> Tensor:
+    """The walk's order for diag(H) `[K]`: the most active groups first, in each the most active channels first.
+
+    What a column's rounding misses, only the columns after it can take up. So the costly ones come first, when there
+    still are many, and the last ones are cheap.
+    """
+    groups = diagonal.view(-1, GROUP_SIZE)
+    within = groups.argsort(dim=1, descending=True, stable=True)
+    first = groups.sum(1).argsort(descending=True, stable=True)
+    return (GROUP_SIZE * first[:, None] + within[first]).flatten()
+
+
+def left_to_right(diagonal: Tensor) -> Tensor:
+    """The columns as they stand."""
+    return torch.arange(diagonal.shape[0], device=diagonal.device)
+
+
+def factorize(
+    hessian: Tensor, order: Tensor, events: list[dict[str, Any]], linear: str, dampening: float = 0.05
+) -> Curvature:
+    """The factor of H + λI, λ = `dampening` times H's mean diagonal, for a walk in `order`. H `[K, K]`, FP32 or FP64.
 
     A channel that was never active gets λ alone, so its weights round to the nearest. Where the Cholesky
     factorization fails, `dampening` is multiplied by ten until it works. Both are appended to `events` under the
     name `linear`, and so is an input that was zero throughout, for which every weight rounds to the nearest.
-    At its peak two matrices of H's size are held beside H.
+    At its peak two more matrices of H's size are held.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean().item()
     assert 0 <= mean < torch.inf and dampening > 0, (mean, dampening)
     if mean == 0:
         events.append({"event": "inputs are all zero", "linear": linear})
-        identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-        return Curvature(identity, torch.ones_like(diagonal))
-    dead = int((diagonal == 0).sum())
-    if dead:
-        events.append({"event": "input channels never active", "linear": linear, "channels": dead})
-    root = _cholesky(hessian, dampening * mean)
+        return Curvature(order, torch.eye(len(diagonal)).to(hessian), torch.ones_like(diagonal))
+    never = int((diagonal == 0).sum())
+    if never:
+        events.append({"event": "input channels never active", "linear": linear, "channels": never})
+    root = _cholesky(hessian, order, dampening * mean)
     while root is None:
         raised = 10 * dampening
         events.append({"event": "dampening raised", "linear": linear, "from": dampening, "to": raised})
         dampening = raised
-        root = _cholesky(hessian, dampening * mean)
+        root = _cholesky(hessian, order, dampening * mean)
     scale = root.diagonal().clone()
-    return Curvature(root.div_(scale), scale.square())
+    return Curvature(order, root.div_(scale), scale.square())
 
 
-def _cholesky(hessian: Tensor, dampening: float) -> Tensor | None:
-    """Upper triangular R `[K, K]` with R Rᵀ = H + dampening · I, None where there is no such R.
+def _cholesky(hessian: Tensor, order: Tensor, dampening: float) -> Tensor | None:
+    """Upper triangular R `[K, K]` with R Rᵀ = H + dampening · I in `order`, None where there is no such R.
 
-    torch factors into a lower triangle times its transpose; reversing rows and columns turns one into the other.
+    torch factors into a lower triangle times its transpose; taking the columns backwards turns one into the other.
     """
-    reverse = hessian.flip(0, 1)
-    reverse.diagonal().add_(dampening)
-    lower, info = torch.linalg.cholesky_ex(reverse)
-    del reverse
+    backwards = order.flip(0)
+    damped = hessian[backwards[:, None], backwards]
+    damped.diagonal().add_(dampening)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    del damped
     return None if info.item() else lower.flip(0, 1)

@@ -14,15 +14,23 @@ from fourge.methods.observe import InputStatistics
 from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight
 
 
+def shared_global_scale(weights: Mapping[str, Tensor], events: list[dict[str, Any]]) -> Tensor:
+    """The divisor of a group's weights, FP32 `[]`: 448 · 6 over the largest magnitude among all members."""
+    largest = torch.stack([amax(weight) for weight in weights.values()]).max()
+    if largest == 0:
+        events.append({"event": "all weights are zero", "linears": list(weights)})
+    return global_scale(largest)
+
+
 class Max:
     """See the head of this file."""
+
+    weighs_channels = False
+    needs_hessian = False
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
     ) -> dict[str, QuantizedWeight]:
-        """One global scale from the members' largest magnitude; see `Method.quantize_group`."""
-        largest = torch.stack([amax(weight) for weight in weights.values()]).max()
-        if largest == 0:
-            events.append({"event": "all weights are zero", "linears": list(weights)})
-        scale = global_scale(largest)
+        """See `Method.quantize_group`; `statistics` are not looked at."""
+        scale = shared_global_scale(weights, events)
         return {name: quantize_weight(weight, scale) for name, weight in weights.items()}

@@ -3,20 +3,32 @@
 import torch
 from torch import Tensor
 
-from fourge.nvfp4.quantize import global_scale
+from fourge.methods.hessian import HessianAccumulator
+from fourge.nvfp4.quantize import amax, global_scale
 
 
 class InputStatistics:
-    """Running statistics of an input `[..., K]`: the largest magnitude and the number of tokens."""
+    """Running statistics of an input `[..., K]`.
 
-    def __init__(self) -> None:
+    `amax`: the largest magnitude, `importance`: diag(XᵀX) `[K]` where asked for, `tokens`: how many there were, all
+    three of the source model's activations. `hessian`: XᵀX of what the quantized Linears will see, where the method
+    needs it.
+    """
+
+    def __init__(self, *, weigh_channels: bool = False) -> None:
         self.amax = torch.zeros((), dtype=torch.float32)
+        self.importance: Tensor | None = None
         self.tokens = 0
+        self.hessian: HessianAccumulator | None = None
+        self._weigh_channels = weigh_channels
 
     def observe(self, x: Tensor) -> None:
         """Takes a micro-batch of inputs."""
-        self.amax = torch.maximum(self.amax, x.abs().amax().float().cpu())
+        self.amax = torch.maximum(self.amax, amax(x).cpu())
         self.tokens += x.numel() // x.shape[-1]
+        if self._weigh_channels:
+            squares = x.reshape(-1, x.shape[-1]).float().square().sum(0)
+            self.importance = squares if self.importance is None else self.importance + squares
 
 
 def input_global_scale(statistics: InputStatistics, headroom: float) -> Tensor:

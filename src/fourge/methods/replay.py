@@ -1,78 +1,99 @@
+"""Schur replay: GPTQ that chooses every group's scale at its turn ("Replay the Curvature", 2026).
+
+When the walk reaches a group, a miss of its 16 columns costs (w₀ − q)ᵀ S (w₀ − q) once the columns after it have made
+up for what they can; w₀ is the best real-valued choice given the columns before, S = (U_GGᵀ U_GG)⁻¹ of GPTQ's U. In
+terms of the factor H + λI = F diag(cost) Fᵀ that is Σ_j cost_j (v_j − q_j)² over the group, v_j being the very
+values that GPTQ rounds. So each candidate scale is scored by replaying GPTQ within the group, and the sum of all
+groups' scores is the error of the whole row: nothing is approximated but the future.
+"""
+
 import torch
 from torch import Tensor
 
 from fourge.methods.hessian import Curvature
-from fourge.methods.packing import pack_values
-from fourge.methods.sweep import group_steps, row_chunks, sweep
-from fourge.nvfp4 import e2m1, e4m3
+from fourge.methods.scale_codes import positive_codes, positive_scales
+from fourge.methods.sweep import chunks_in_walk_order, nearest, quantized, sweep
+from fourge.nvfp4 import e2m1
 from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
 
-OPT = dict(start="old", window=4, steps=3)
+_ALTERNATING_STEPS = 3
 
-def replay(weight, scales, global_scale, curvature):
-    values = torch.empty_like(weight, dtype=curvature.cost.dtype)
-    chosen = torch.empty_like(scales)
-    for rows in row_chunks(weight):
-        v, s = _replay(weight[rows].to(values), scales[rows].to(values), global_scale.to(values), curvature)
-        values[rows] = v.T
-        chosen[rows] = s.T.to(chosen)
-    return pack_values(values, chosen, global_scale)
 
-def _replay(weight, scales, G, curvature):
-    work = weight.T.contiguous()
-    values = torch.empty_like(work)
-    old = scales.T.contiguous()
-    chosen = torch.empty_like(old)
+def replay(
+    weight: Tensor, scales: Tensor, global_scale: Tensor, curvature: Curvature, window: int = 4
+) -> QuantizedWeight:
+    """Rounds `weight` `[N, K]`, any float dtype, under scales of its own choice.
 
-    def commit(columns, block):
-        g = columns.start // GROUP_SIZE
-        original = weight[:, columns].T.contiguous()
+    `scales` `[N, K/16]` on E4M3's positive grid: where each group's proposal starts, and its first candidate, which
+    wins ties; the others are the E4M3 values within `window` codes of the proposal. `global_scale`, `[]` or `[1]`,
+    is the divisor. Computed in the dtype and on the device of `curvature`; the result lies there.
+    """
+    chunks = (
+        _replay(weight_kn, scales_gn, global_scale.to(scales_gn), curvature, window)
+        for weight_kn, scales_gn in chunks_in_walk_order(weight, scales, curvature)
+    )
+    return quantized(chunks, global_scale, curvature)
+
+
+def _replay(
+    weight_kn: Tensor, scales_gn: Tensor, global_scale: Tensor, curvature: Curvature, window: int
+) -> tuple[Tensor, Tensor]:
+    """E2M1 codes, uint8 `[K, n]`, and scales `[K/16, n]`."""
+    codes_kn = torch.empty_like(weight_kn, dtype=torch.uint8)
+    chosen_gn = torch.empty_like(scales_gn)
+    costs = curvature.cost.tolist()
+    for group, (columns, fed) in enumerate(sweep(weight_kn.shape[1], curvature, GROUP_SIZE)):
         feedback = curvature.feedback[columns, columns].T.contiguous()
-        cost = curvature.cost[columns]
-        prop = proposal(original, block, feedback, cost, old[g], G)
-        cands = candidates(prop, old[g])
-        best, value, residual = replay_group(original, block, feedback, cost, cands, G)
-        values[columns] = value
-        chosen[g] = best
-        block.copy_(residual)
+        weight = weight_kn[columns]
+        steps = _proposal(weight, fed, feedback, curvature.cost[columns], scales_gn[group] / global_scale)
+        candidates = torch.cat((scales_gn[group, None], _around(steps * global_scale, window)))
+        values, misses, scores = _try(weight, fed, feedback, costs[columns], candidates / global_scale)
+        best = scores.argmin(0, keepdim=True)  # the first of equals
+        everywhere = best.expand(GROUP_SIZE, 1, -1)
+        codes_kn[columns] = e2m1.encode(values.gather(1, everywhere)[:, 0].float())
+        chosen_gn[group] = candidates.gather(0, best)[0]
+        fed.copy_(misses.gather(1, everywhere)[:, 0])
+    return codes_kn, chosen_gn
 
-    sweep(work, curvature.feedback, GROUP_SIZE, commit)
-    return values, chosen
 
-def proposal(original, block, feedback, cost, old, G):
-    # y_j = targets with no rounding of this group: block + strictly-lower feedback @ original
-    y = block + torch.tril(feedback, -1) @ original
-    w0 = torch.linalg.solve_triangular(feedback, y, upper=False, unitriangular=True)
-    if OPT["start"] == "old": step = old / G
-    elif OPT["start"] == "w0": step = (w0.abs().amax(0) / 6).clamp(min=2**-9/G)
-    for _ in range(OPT["steps"]):
-        q = feedback @ e2m1.round(w0 / step)
-        q_cost = q * cost[:, None]
-        num = (q_cost * y).sum(0)
-        den = (q_cost * q).sum(0)
-        step = torch.where(num > 0, num / den, step)
-    return step * G
+def _proposal(weight: Tensor, fed: Tensor, feedback: Tensor, cost: Tensor, steps: Tensor) -> Tensor:
+    """The real-valued step `[n]` that fits the group best under S, by turns with the rounding, from `steps` `[n]`.
 
-def candidates(prop, old):
-    code = e4m3.encode(prop.clamp(e4m3.MIN_POSITIVE, e4m3.MAX)).view(torch.uint8).to(torch.int16)
-    W = OPT["window"]
-    offsets = torch.arange(-W, W + 1, device=code.device, dtype=torch.int16)
-    codes = (code + offsets[:, None]).clamp_(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).to(prop)
-    return torch.cat([old[None], codes])
+    `weight` and `fed` `[16, n]`, `feedback` Fᵀ and `cost` of the group's own columns. S = F diag(cost) Fᵀ, and
+    Fᵀ w₀ = fed + Fᵀ w, for w₀ is the choice that would leave no v_j − q_j.
+    """
+    goal = torch.addmm(fed, feedback, weight)
+    free = torch.linalg.solve_triangular(feedback, goal, upper=False, unitriangular=True)
+    for _ in range(_ALTERNATING_STEPS):
+        rounded = feedback @ nearest(free / steps)
+        weighted = rounded * cost[:, None]
+        along = (weighted * goal).sum(0)
+        steps = torch.where(along > 0, along / (weighted * rounded).sum(0), steps)
+    return steps
 
-def replay_group(original, block, feedback, cost, cands, G):
-    steps = cands / G
-    C, R = steps.shape
-    values = torch.empty(GROUP_SIZE, C, R, dtype=steps.dtype, device=steps.device)
-    residuals = torch.empty_like(values)
-    score = torch.zeros_like(steps)
-    for j in range(GROUP_SIZE):
-        target = torch.mv(residuals[:j].view(j, C * R).T, feedback[j, :j]).view(C, R).add_(block[j])
-        value = values[j].copy_(e2m1.round(target / steps))
-        rounded = value * steps
-        torch.sub(original[j], rounded, out=residuals[j])
-        miss = target.sub_(rounded)
-        score.addcmul_(miss, miss, value=cost[j].item())
-    best = score.argmin(0, keepdim=True)
-    take = best.expand(GROUP_SIZE, 1, R)
-    return cands.gather(0, best)[0], values.gather(1, take)[:, 0], residuals.gather(1, take)[:, 0]
+
+def _around(scales: Tensor, window: int) -> Tensor:
+    """The E4M3 values within `window` codes of `scales` `[n]`, `[2·window + 1, n]`."""
+    offsets = torch.arange(-window, window + 1, dtype=torch.int32, device=scales.device)
+    return positive_scales(positive_codes(scales) + offsets[:, None]).to(scales.dtype)
+
+
+def _try(
+    weight: Tensor, fed: Tensor, feedback: Tensor, costs: list[float], steps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replays GPTQ over a group's columns for each of `steps` `[C, n]`.
+
+    Returns E2M1 values and w − q, both `[16, C, n]`, and the scores `[C, n]`.
+    """
+    values = steps.new_empty(GROUP_SIZE, *steps.shape)
+    misses = torch.empty_like(values)
+    scores = torch.zeros_like(steps)
+    for j, cost in enumerate(costs):
+        before = misses[:j].view(j, steps.numel())
+        target = torch.mv(before.T, feedback[j, :j]).view_as(steps).add_(fed[j] + weight[j])
+        values[j] = nearest(target / steps)
+        rounded = values[j] * steps
+        torch.sub(weight[j], rounded, out=misses[j])
+        short = target.sub_(rounded)
+        scores.addcmul_(short, short, value=cost)
+    return values, misses, scores

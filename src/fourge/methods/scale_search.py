@@ -1,96 +1,145 @@
 """The best E4M3 scale of every group for rounding to the nearest, by trial.
 
 Minimised is Σ_j h_j (w_j − ŵ_j)² over a group's 16 values, h = diag(XᵀX) of the calibration's inputs (H-Scale, arXiv
-2608.28113) or ones without data. The result is the optimum over all 126 positive E4M3 scales, found with about 15:
-upwards, a scale that is twice another and at which nothing saturates rounds to a subset of the other's values, so
-seven codes suffice; downwards, what saturates grows with every code, so the walk ends once that alone costs more
-than the best so far. (Channels of unequal h may well prefer to saturate a weight that hardly counts.)
+2608.28113) or ones without data. The result is the optimum over all 126 positive E4M3 scales, found with about 13:
+upwards, twice a scale at which nothing saturates only rounds to a subset of its values, so seven codes suffice;
+downwards, what saturates grows with every code, so a group is done once that alone costs more than its best so far.
+(How far down that is depends on h: a large weight on a channel that hardly speaks is better clipped.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fourge.nvfp4 import e2m1, e4m3
+from fourge.methods.scale_codes import SMALLEST_CODE, positive_codes, positive_scales
+from fourge.nvfp4 import e2m1
 from fourge.nvfp4.quantize import GROUP_SIZE, group_scales
-
-E2M1_MAX = 6.0
-LARGEST_CODE = 126
+from fourge.nvfp4.reference import E2M1_MAX
 
 _CODES_UP = 7
-_CODES_DOWN = 4  # tried on every group; below, only on those that may still gain
-_FIRST_NORMAL_CODE = 8  # from here on, twice a scale is a scale
-_BLOCK_WINDOW = (-8, 7)
-_VALUES_PER_CHUNK = {"cpu": 2**17, "cuda": 2**25}  # on a CPU what keeps the temporaries in its cache
+_CODES_DOWN = 4  # for every group; further down only those that may still gain
+_FIRST_NORMAL_CODE = 8  # from here on, twice a scale is eight codes up
+_BLOCK_CODES_DOWN = 8
+_GLOBAL_FACTORS = tuple(2 ** (-eighths / 8) for eighths in range(9))
+_CPU_VALUES_PER_CHUNK = 2**18  # the temporaries stay in the cache
+_GPU_VALUES_PER_CHUNK = 2**25
 
 
 def search_scales(
     weight: Tensor, global_scale: Tensor, importance: Tensor | None = None, blocks: Tensor | None = None
 ) -> Tensor:
-    """Scales `[N, K/16]`, FP32 on E4M3's grid, for `weight` `[N, K]`, any float dtype, under the divisor `global_scale`.
+    """Scales `[N, K/16]`, FP32 on E4M3's grid, of `weight` `[N, K]`, any float dtype, under the divisor `global_scale`.
 
-    `importance` `[K]`: h, not negative. With `blocks` `[K/16, 16, 16]` instead, the diagonal blocks B of XᵀX, each
-    group minimises (w − ŵ)ᵀ B (w − ŵ) over the codes −8 … +7 around its max scale. The max scale is tried first and
-    wins ties, so no group is worse than with it.
+    `importance` `[K]` is h, not negative. With `blocks` `[K/16, 16, 16]` instead, the blocks B on XᵀX's diagonal,
+    (w − ŵ)ᵀ B (w − ŵ) is minimised, over the codes −8 … +7 around the max scale alone. The max scale is tried first,
+    the others by their distance from it, and the first of equals stays: so no group is worse than with max.
     """
+    return _search(weight, global_scale, importance, blocks)[0]
+
+
+def search_global_scale(
+    weights: list[Tensor],
+    global_scale: Tensor,
+    importance: Tensor | None = None,
+    factors: tuple[float, ...] = _GLOBAL_FACTORS,
+) -> Tensor:
+    """The divisor among `factors` · `global_scale` whose best scales err least over all `weights` `[N_i, K]` together.
+
+    Factors below one give the largest groups room to raise their scale; as group scales step by an eighth of an
+    octave, one octave holds all there is to gain.
+    """
+    candidates = [global_scale * factor for factor in factors]
+    errors = [
+        torch.stack([_search(weight, candidate, importance, None)[1].double().sum() for weight in weights]).sum()
+        for candidate in candidates
+    ]
+    return candidates[int(torch.stack(errors).argmin())]
+
+
+def _search(
+    weight: Tensor, global_scale: Tensor, importance: Tensor | None, blocks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scales and their errors, both FP32 `[N, K/16]`."""
     assert importance is None or blocks is None
-    scales = torch.empty(weight.shape[0], weight.shape[1] // GROUP_SIZE, device=weight.device)
-    for rows in _row_chunks(weight):
-        groups = weight[rows].float().unflatten(-1, (-1, GROUP_SIZE))
+    shape = weight.shape[0], weight.shape[1] // GROUP_SIZE
+    scales, errors = (torch.empty(shape, device=weight.device) for _ in range(2))
+    h = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
+    values = _CPU_VALUES_PER_CHUNK if weight.device.type == "cpu" else _GPU_VALUES_PER_CHUNK
+    step = max(1, values // weight.shape[1])
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        groups = weight[rows].float().view(-1, shape[1], GROUP_SIZE)
         if blocks is None:
-            h = torch.ones_like(weight[0], dtype=torch.float32) if importance is None else importance.float()
-            scales[rows] = _search_diagonal(groups, global_scale, h.view(-1, GROUP_SIZE))
+            scales[rows], errors[rows] = _search_diagonal(groups, global_scale, h.view(-1, GROUP_SIZE))
         else:
-            scales[rows] = _search_blocks(groups, global_scale, blocks.float())
-    return scales
+            scales[rows], errors[rows] = _search_blocks(groups, global_scale, blocks.float())
+    return scales, errors
 
 
-def positive_codes(scales: Tensor) -> Tensor:
-    """The int32 codes, 1 … 126, of the nearest positive E4M3 values."""
-    return e4m3.encode(scales.clamp_min(e4m3.MIN_POSITIVE)).view(torch.uint8).int()
+def _search_diagonal(groups: Tensor, global_scale: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and errors `[n, G]` of `groups` `[n, G, 16]` with h `[G, 16]`: the optimum over all codes."""
 
-
-def scales_of(codes: Tensor) -> Tensor:
-    """The E4M3 values, FP32, of integer `codes`; what lies outside 1 … 126 becomes the nearest of these."""
-    return e4m3.decode(codes.clamp(1, LARGEST_CODE).to(torch.uint8).view(torch.float8_e4m3fn))
-
-
-def _search_diagonal(groups: Tensor, global_scale: Tensor, h: Tensor) -> Tensor:
-    """`groups` `[n, G, 16]`, `h` `[G, 16]` → scales `[n, G]`."""
-
-    def error(scales: Tensor, groups: Tensor, h: Tensor) -> Tensor:
+    def error(scales: Tensor) -> Tensor:
         return _residuals(groups, scales / global_scale).square_().mul_(h).sum(-1)
 
-    best = group_scales(groups.flatten(-2), global_scale)
-    least = error(best, groups, h)
-    start = positive_codes(best).clamp_min_(_FIRST_NORMAL_CODE)
-    for offset in _by_distance(-_CODES_DOWN, _CODES_UP):
-        scales = scales_of(start + offset)
-        _keep_better(best, least, scales, error(scales, groups, h))
-    # From here on flat, and only over the groups that may still gain.
-    alive = torch.arange(best.numel(), device=best.device)
-    ...
-    return best
+    best, least, start = _try_around(groups, global_scale, error, _CODES_DOWN)
+    every_h = h.repeat(groups.shape[0], 1)
+    _walk_down(
+        groups.flatten(0, 1), every_h, global_scale, start.flatten() - _CODES_DOWN, best.view(-1), least.view(-1)
+    )
+    return best, least
 
 
-def _search_blocks(groups: Tensor, global_scale: Tensor, blocks: Tensor) -> Tensor:
-    """`groups` `[n, G, 16]`, `blocks` `[G, 16, 16]` → scales `[n, G]`."""
+def _search_blocks(groups: Tensor, global_scale: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and errors `[n, G]` of `groups` `[n, G, 16]` with `blocks` `[G, 16, 16]`."""
 
     def error(scales: Tensor) -> Tensor:
         residuals = _residuals(groups, scales / global_scale)
-        return torch.einsum("ngi,gij,ngj->ng", residuals, blocks, residuals)
+        return torch.einsum("ngi,gij->ngj", residuals, blocks).mul_(residuals).sum(-1)
 
+    best, least, _ = _try_around(groups, global_scale, error, _BLOCK_CODES_DOWN)
+    return best, least
+
+
+def _try_around(
+    groups: Tensor, global_scale: Tensor, error: Callable[[Tensor], Tensor], codes_down: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best scales, their errors and the codes the trial was around, `[n, G]`.
+
+    That is the max scale's code, or the first normal one where that is larger: among subnormal scales the way to
+    twice a scale can be longer than seven codes, and from there it is not.
+    """
     best = group_scales(groups.flatten(-2), global_scale)
     least = error(best)
-    start = positive_codes(best)
-    for offset in _by_distance(*_BLOCK_WINDOW):
-        scales = scales_of(start + offset)
-        _keep_better(best, least, scales, error(scales))
-    return best
+    start = positive_codes(best).clamp_min(_FIRST_NORMAL_CODE)
+    for offset in sorted(range(-codes_down, _CODES_UP + 1), key=abs):
+        scales = positive_scales(start + offset)
+        errors = error(scales)
+        best = torch.where(errors < least, scales, best)
+        least = torch.minimum(errors, least)
+    return best, least, start
+
+
+def _walk_down(groups: Tensor, h: Tensor, global_scale: Tensor, codes: Tensor, best: Tensor, least: Tensor) -> None:
+    """Tries the scales below `codes` `[m]` as long as they may gain; updates `best` and `least` `[m]`.
+
+    `groups` and `h` `[m, 16]`.
+    """
+    alive = torch.arange(len(groups), device=groups.device)
+    while len(alive):
+        codes = codes - 1
+        steps = positive_scales(codes) / global_scale
+        clipped = (groups.abs() - E2M1_MAX * steps.unsqueeze(-1)).clamp_min_(0).square_().mul_(h).sum(-1)
+        may_gain = (clipped < least[alive]) & (codes >= SMALLEST_CODE)
+        alive, groups, h, codes, steps = (t[may_gain] for t in (alive, groups, h, codes, steps))
+        errors = _residuals(groups, steps).square_().mul_(h).sum(-1)
+        better = errors < least[alive]
+        best[alive[better]] = positive_scales(codes[better])
+        least[alive[better]] = errors[better]
 
 
 def _residuals(groups: Tensor, steps: Tensor) -> Tensor:
-    """ŵ − w, `[..., 16]`, for `groups` `[..., 16]` rounded to the nearest multiple of `steps` `[...]` on E2M1's grid."""
+    """ŵ − w of `groups` `[…, 16]`, rounded to the nearest under `steps` `[…]`."""
     steps = steps.unsqueeze(-1)
     return e2m1.round(groups / steps).mul_(steps).sub_(groups)

@@ -1,49 +1,71 @@
-"""The walk over a weight's columns, left to right, that GPTQ and replay share."""
+"""The walk over a weight's columns that GPTQ and replay share: who comes when, and what is fed forward.
 
-from collections.abc import Callable, Iterator
+Within the walk everything lies transposed (a column's values of all rows side by side) and in walk order. Shapes:
+K columns, G = K/16 groups, n rows of a chunk.
+"""
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from fourge.nvfp4.quantize import GROUP_SIZE
+from fourge.methods.hessian import Curvature
+from fourge.nvfp4 import e2m1, e4m3
+from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
 
-# Values of a weight worked on at once: rows are independent, and wide weights would double the memory otherwise.
-VALUES_PER_CHUNK = 2**25
-
-
-def row_chunks(weight: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `[N, K]` with about VALUES_PER_CHUNK values each."""
-    rows = max(1, VALUES_PER_CHUNK // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        yield slice(start, min(start + rows, weight.shape[0]))
+_VALUES_PER_CHUNK = 2**25  # rows are independent; all at once, a wide weight would be held several times over
 
 
-def sweep(work: Tensor, feedback: Tensor, block_size: int, commit: Callable[[slice, Tensor], None]) -> None:
-    """Calls `commit(columns, block)` for every `block_size` columns, left to right, feedback applied before.
+def chunks_in_walk_order(weight: Tensor, scales: Tensor, curvature: Curvature) -> Iterator[tuple[Tensor, Tensor]]:
+    """`weight` `[N, K]` and `scales` `[N, G]` by chunks of rows, `[K, n]` and `[G, n]`.
 
-    `work` `[K, N]` holds the weights, transposed: `block`, a view of `work`, arrives as w + Σ Fᵀ(w − q) over all
-    columns to the left of the block, and `commit` leaves w − q of its own columns there. `feedback` F `[K, K]`.
-    Halving recurs down to the blocks, so that nearly all of the arithmetic is in large matrix products.
+    They come in the dtype and on the device of `curvature`.
     """
+    columns, groups = curvature.order, _group_order(curvature)
+    rows = max(1, _VALUES_PER_CHUNK // weight.shape[1])
+    for weight_nk, scales_ng in zip(torch.split(weight, rows), torch.split(scales, rows), strict=True):
+        yield (
+            weight_nk.to(curvature.cost)[:, columns].T.contiguous(),
+            scales_ng.to(curvature.cost)[:, groups].T.contiguous(),
+        )
 
-    def descend(start: int, stop: int) -> None:
+
+def sweep(rows: int, curvature: Curvature, block_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Goes over the columns in blocks of `block_size`: `(columns, fed)`, `fed` `[block_size, rows]`.
+
+    `fed` arrives as Σ F_ij (w_i − q_i) over all columns i before the block; the caller leaves the block's own w − q
+    there. Halving recurs down to the blocks, so that nearly all of the arithmetic is in large matrix products.
+    """
+    feedback = curvature.feedback
+    work = feedback.new_zeros(feedback.shape[0], rows)
+
+    def descend(start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         blocks = -(-(stop - start) // block_size)
         if blocks == 1:
-            commit(slice(start, stop), work[start:stop])
+            yield slice(start, stop), work[start:stop]
             return
         middle = start + blocks // 2 * block_size
-        descend(start, middle)
+        yield from descend(start, middle)
         work[middle:stop].addmm_(feedback[start:middle, middle:stop].T, work[start:middle])
-        descend(middle, stop)
+        yield from descend(middle, stop)
 
-    descend(0, work.shape[0])
-
-
-def group_steps(scales: Tensor, global_scale: Tensor) -> Tensor:
-    """The step c/G of every group, `[K/16, N]`, from `scales` `[N, K/16]`."""
-    return (scales / global_scale).T.contiguous()
+    return descend(0, feedback.shape[0])
 
 
-def feed_back(targets: Tensor, residuals: Tensor, column_of_feedback: Tensor) -> Tensor:
-    """`targets` `[...]` plus Σ_i F_i (w_i − q_i) over the columns i of `residuals` `[i, ...]`."""
-    return torch.tensordot(column_of_feedback, residuals, 1).add_(targets)
+def quantized(chunks: Iterable[tuple[Tensor, Tensor]], global_scale: Tensor, curvature: Curvature) -> QuantizedWeight:
+    """The weight of `chunks` of E2M1 codes, uint8 `[K, n]`, and scales `[G, n]`, both in walk order."""
+    columns, groups = curvature.order.argsort(), _group_order(curvature).argsort()
+    packed, scales = [], []
+    for codes_kn, scales_gn in chunks:
+        packed.append(e2m1.pack(codes_kn[columns].T).contiguous())
+        scales.append(e4m3.encode(scales_gn[groups].T.contiguous()))
+    return QuantizedWeight(torch.cat(packed), torch.cat(scales), global_scale.float().reshape(1))
+
+
+def nearest(x: Tensor) -> Tensor:
+    """The nearest E2M1 values in `x`'s dtype, FP32 or FP64."""
+    return e2m1.round(x.float()).to(x.dtype)
+
+
+def _group_order(curvature: Curvature) -> Tensor:
+    return curvature.order[::GROUP_SIZE] // GROUP_SIZE

@@ -71,8 +71,10 @@ class LaneLayer:
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
         arguments = self._skeleton.layer_arguments(self.index, hidden)
-        output = self._module(hidden, **arguments)
-        for site in self._sites:
-            site.forget()
+        try:
+            output = self._module(hidden, **arguments)
+        finally:
+            for site in self._sites:
+                site.forget()
         assert isinstance(output, Tensor)
         return output

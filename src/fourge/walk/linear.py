@@ -28,9 +28,10 @@ class InputSite:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._seen is None or self._seen[0] is not x:
+            multiplied = x if self.global_scale is None else fake_quantize(x, self.global_scale)
             if self.observe is not None:
-                self.observe(x)
-            self._seen = (x, x if self.global_scale is None else fake_quantize(x, self.global_scale))
+                self.observe(multiplied)
+            self._seen = (x, multiplied)
         return self._seen[1]
 
     def forget(self) -> None:

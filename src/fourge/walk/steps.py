@@ -10,11 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from fourge.checkpoint import compressed_tensors
+from fourge.checkpoint.architecture import LinearGroup
 from fourge.checkpoint.compressed_tensors import QuantizedLinear
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import require_finite
 from fourge.checkpoint.writer import Copied, write_safetensors
 from fourge.methods.base import Method
+from fourge.methods.hessian import HessianAccumulator
 from fourge.methods.observe import InputStatistics, input_global_scale
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
@@ -24,7 +26,7 @@ from fourge.walk.job import Job, StepRecord, shard_name
 from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite
 from fourge.walk.streams import Stream
-from fourge.walk.walk import Advance, Walk
+from fourge.walk.walk import Advance, SeenEnoughError, Walk
 from fourge.walk.weight_error import relative_weight_error
 
 
@@ -112,20 +114,21 @@ class QuantizingWalk:
     ) -> StepOutput:
         output = StepOutput()
         weights = read_layer(self.walk, self.layout, layer, progress)
-        statistics = {group.name: InputStatistics() for group in self.layout.groups(layer)}
+        weighs = self.method.weighs_channels
+        statistics = {group.name: InputStatistics(weigh_channels=weighs) for group in self.layout.groups(layer)}
         if source is not None and target is not None:
             self._run_bf16(layer, weights, statistics, source, target, progress)
-        calibrated = self.walk.stream("calibration", "bf16") is not None
-        linears = self._quantize(layer, weights, statistics if calibrated else None, output)
+        linears = self._quantize(layer, weights, statistics, source, output)
         prefix = self.layout.architecture.layer_prefix(layer)
         output.linears = {prefix + name: linear for name, linear in linears.items()}
         errors = [linear["weight_error"] for linear in output.measures["linears"].values()]
         output.facts = f"weight error {max(errors):.4f}" if errors else "kept"
-        if source is not None and target is not None and self.walk.stream("probe", "nvfp4") is not None:
+        if source is not None and target is not None:
             self._run_nvfp4(layer, weights, linears, source, target, progress)
-            error = self.walk.relative_error(target, "probe")
-            output.measures["hidden_error"] = asdict(error)
-            output.facts += f"  hidden error {error}"
+            if self.walk.stream("probe", "nvfp4") is not None:
+                error = self.walk.relative_error(target, "probe")
+                output.measures["hidden_error"] = asdict(error)
+                output.facts += f"  hidden error {error}"
         return output
 
     def _reporter(self, stream: Stream, progress: WalkProgress) -> Advance:
@@ -154,28 +157,60 @@ class QuantizingWalk:
         self,
         layer: int,
         weights: dict[str, Tensor | QuantizedWeight],
-        statistics: Mapping[str, InputStatistics] | None,
+        statistics: Mapping[str, InputStatistics],
+        source: HiddenFile | None,
         output: StepOutput,
     ) -> dict[str, QuantizedLinear]:
-        """Quantizes every group, taking its source weights out of `weights` so that they are freed."""
+        """Quantizes group after group, taking its source weights out of `weights` so that they are freed."""
         linears: dict[str, QuantizedLinear] = {}
         measured = output.measures["linears"] = {}
         for group in self.layout.groups(layer):
-            seen = None if statistics is None else statistics[group.name]
+            seen = statistics[group.name] if self.walk.stream("calibration", "bf16") else None
+            input_scale = self._input_scale(group, seen, output)
+            if seen is not None and source is not None and self.method.needs_hessian:
+                seen.hessian = self._hessian(layer, group, weights, linears, input_scale, source)
             held = {name: weights.pop(f"{name}.weight") for name in group.linears}
             sources = {name: weight for name, weight in held.items() if isinstance(weight, Tensor)}
             quantized = self.method.quantize_group(sources, seen, output.events)
-            input_scale = None
-            if seen is not None and self.settings.scheme == "NVFP4":
-                input_scale = input_global_scale(seen, self.settings.input_headroom)
-                if seen.amax == 0:
-                    output.events.append({"event": "input is always zero", "group": group.name})
             for name, weight in quantized.items():
                 linears[name] = QuantizedLinear(weight, input_scale)
                 measured[name] = {"weight_error": relative_weight_error(sources[name], weight)}
                 if seen is not None:
                     measured[name] |= {"input_amax": float(seen.amax), "tokens": seen.tokens}
+            if seen is not None:
+                seen.hessian = None
         return linears
+
+    def _input_scale(self, group: LinearGroup, seen: InputStatistics | None, output: StepOutput) -> Tensor | None:
+        if seen is None or self.settings.scheme != "NVFP4":
+            return None
+        if seen.amax == 0:
+            output.events.append({"event": "input is always zero", "group": group.name})
+        return input_global_scale(seen, self.settings.input_headroom)
+
+    def _hessian(
+        self,
+        layer: int,
+        group: LinearGroup,
+        weights: Mapping[str, Tensor | QuantizedWeight],
+        linears: Mapping[str, QuantizedLinear],
+        input_scale: Tensor | None,
+        source: HiddenFile,
+    ) -> HessianAccumulator:
+        """XᵀX of what this group's Linears will multiply, given every layer and group before it as quantized."""
+        stream = self.walk.stream("calibration", "nvfp4")
+        assert stream is not None
+        columns = self.layout.shapes[f"{self.layout.architecture.layer_prefix(layer)}{group.linears[0]}.weight"][1]
+        hessian = HessianAccumulator(columns, self.walk.device)
+
+        def observe(x: Tensor) -> None:
+            hessian.add(x)
+            raise SeenEnoughError
+
+        here = InputSite(input_scale, observe)
+        with quantized_layer(self.walk, self.layout, layer, weights, linears, {group.name: here}) as lane:
+            self.walk.watch(lane, stream, source)
+        return hessian
 
     def _run_nvfp4(
         self,
@@ -186,10 +221,11 @@ class QuantizingWalk:
         target: HiddenFile,
         progress: WalkProgress,
     ) -> None:
-        stream = self.walk.stream("probe", "nvfp4")
-        assert stream is not None
-        with nvfp4_layer(self.walk, self.layout, layer, kept, linears) as lane:
-            self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
+        with quantized_layer(self.walk, self.layout, layer, kept, linears) as lane:
+            for name in ("calibration", "probe"):
+                stream = self.walk.stream(name, "nvfp4")
+                if stream is not None:
+                    self.walk.run(lane, stream, source, target, self._reporter(stream, progress))
 
 
 def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -> dict[str, Tensor | QuantizedWeight]:
@@ -205,20 +241,23 @@ def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -
     return weights
 
 
-def nvfp4_layer(
+def quantized_layer(
     walk: Walk,
     layout: Layout,
     layer: int,
     kept: Mapping[str, Tensor | QuantizedWeight],
     linears: Mapping[str, QuantizedLinear],
+    sites: Mapping[str, InputSite] | None = None,
 ) -> LaneLayer:
     """The layer as engines run it: quantized weights, inputs quantized by the group's `input_global_scale`.
 
-    `kept` are the layer's other tensors and `linears` its quantized ones, both by name relative to the layer.
+    `kept` are the layer's other tensors and `linears` its quantized ones, both by name relative to the layer;
+    groups of which no Linear is in `linears` stay as they are, or get the site that `sites` names for them.
     """
     weights = dict(kept) | {f"{name}.weight": linear.weight for name, linear in linears.items()}
-    sites = {}
+    all_sites = dict(sites or {})
     for group in layout.groups(layer):
-        scale = linears[group.linears[0]].input_global_scale
-        sites[group.name] = InputSite(global_scale=None if scale is None else scale.to(walk.device))
-    return LaneLayer(walk.skeleton, layer, weights, walk.dtype, sites)
+        if group.linears[0] in linears:
+            scale = linears[group.linears[0]].input_global_scale
+            all_sites[group.name] = InputSite(None if scale is None else scale.to(walk.device))
+    return LaneLayer(walk.skeleton, layer, weights, walk.dtype, all_sites)

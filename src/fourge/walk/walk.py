@@ -1,6 +1,7 @@
 """The pass itself: token sequences through one layer of one lane, micro-batch by micro-batch."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,11 @@ from fourge.walk.statistics import Estimate, clustered_mean
 from fourge.walk.streams import Stream
 
 _HEAD_BLOCK_BYTES = 8 << 20
+
+
+class SeenEnoughError(Exception):
+    """Raised by an observer that needs nothing of what the layer would compute from here on."""
+
 
 Advance = Callable[[float, int], None]
 """Told of the share of the whole call that a micro-batch was, and of its tokens."""
@@ -63,6 +69,13 @@ class Walk:
                 )
             target.write(batch.first_row, output)
             advance(len(rows) / stream.num_tokens, len(rows))
+
+    def watch(self, layer: LaneLayer, stream: Stream, source: HiddenFile) -> None:
+        """Runs a stream through `layer` for its observers' sake, each micro-batch up to `SeenEnoughError`."""
+        for batch in stream.batches:
+            rows = source.read(batch.first_row, batch.last_row).to(self.device)
+            with suppress(SeenEnoughError):
+                layer(rows.view(batch.count, batch.length, -1))
 
     def relative_error(self, states: HiddenFile, name: str) -> Estimate:
         """Mean over tokens of ‖h_nvfp4 − h_bf16‖ / ‖h_bf16‖ between the two lanes' rows of set `name`.
