@@ -21,8 +21,11 @@ MAY_IMPORT = {
     "checks": {"nvfp4", "checkpoint", "methods", "data", "settings", "progress", "errors", "walk"},
     "quantize": {"checkpoint", "data", "methods", "settings", "progress", "errors", "walk", "_version"},
     "verify": {"checkpoint", "checks", "data", "settings", "progress", "errors", "walk"},
-    "report": {"quantize", "verify", "progress", "checks"},
-    "cli": {"quantize", "verify", "report", "errors"},
+    "convert": {"checkpoint", "checks", "settings", "progress", "errors", "_version"},
+    "planning": {"nvfp4", "checkpoint", "methods", "settings", "progress", "errors", "walk", "checks"},
+    "plan": {"planning", "settings", "errors", "walk"},
+    "report": {"plan", "planning", "quantize", "verify", "convert", "progress", "checks"},
+    "cli": {"plan", "quantize", "verify", "convert", "report", "errors"},
 }
 """Which rooms (and single files) of the package a room may know."""
 

@@ -53,7 +53,7 @@ def test_better_methods_are_closer_to_bf16(scheme: Any, pico: Callable[..., Path
         steps = json.loads((output / ".fourge" / "job.json").read_text())["steps"]
         errors[method] = steps[2]["measures"]["hidden_error"]["mean"]
     assert errors["search"] < 0.99 * errors["max"]
-    assert max(errors["gptq"], errors["replay"]) < 0.9 * errors["search"]
+    assert max(errors["gptq"], errors["replay"]) < 0.97 * errors["search"]
 
 
 @pytest.mark.parametrize("method", ["gptq", "replay"])
