@@ -14,9 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fourge.convert import convert
 from fourge.errors import InputError
+from fourge.plan import plan
 from fourge.quantize import quantize
-from fourge.report.text import quantize_summary, verify_summary
+from fourge.report.plan_text import plan_summary
+from fourge.report.text import convert_summary, quantize_summary, verify_summary
 from fourge.verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -66,8 +69,10 @@ def _command(
     app.command(verb.__name__)(run)
 
 
+_command(plan, plan_summary)
 _command(quantize, quantize_summary, stopped="what was committed is kept, continue")
 _command(verify, verify_summary, lambda report: 0 if report.passed else 1)
+_command(convert, convert_summary, stopped="the shards that were written are kept, continue")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,6 +1,5 @@
 """`fourge quantize`: a BF16 checkpoint becomes an NVFP4 one, one decoder layer at a time, safe to kill."""
 
-import errno
 import resource
 import sys
 import time
@@ -83,6 +82,7 @@ def quantize(
     """
     import torch
 
+    from fourge.checkpoint.durable import disk_errors_named
     from fourge.walk.device import resolve_device
     from fourge.walk.resources import return_freed_layers
 
@@ -107,7 +107,7 @@ def quantize(
     torch.set_num_threads(settings.threads)
     return_freed_layers()
     run = _Run.prepare(settings, output)
-    with run.open_job(restart) as job, _disk_errors_named(output):
+    with run.open_job(restart) as job, disk_errors_named(output):
         _quantize_in(job, run)
     fidelity = job.result["fidelity"] if job.result else None
     return QuantizeResult(
@@ -121,19 +121,6 @@ def quantize(
         peak_resident_bytes=peak_resident_bytes(),
         continued=job.continued,
     )
-
-
-@contextmanager
-def _disk_errors_named(output: Path) -> "Iterator[None]":
-    """A disk that is full, gone or read-only is the user's to mend; what was committed before is whole."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-            raise
-        raise InputError(
-            f"{error.filename or output}: {error.strerror}; make room, then the same command continues"
-        ) from error
 
 
 def peak_resident_bytes() -> int:

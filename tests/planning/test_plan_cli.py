@@ -45,7 +45,7 @@ def test_json(tmp_path: Path) -> None:
 def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
     code, out, _ = run(write_config(tmp_path), "--gpu-memory", "6GiB", "--sm", "12.0")
     assert code == 0
-    assert "64 × SM120 of 6 GiB (6.4 GB = 6.0 GiB each): does not: weights of 3.5 GiB" in out
+    assert "64 × SM120 of 6 GiB (6.4 GB = 6.0 GiB each): does not: weights of 3.7 GiB" in out
 
 
 def test_a_context_that_fits_nowhere(tmp_path: Path) -> None:

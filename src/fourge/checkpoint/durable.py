@@ -1,11 +1,14 @@
 """Files that are whole after a power cut: written beside their place, forced to disk, then renamed."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fourge.errors import InputError
 
 
 def fsync_directory(path: Path) -> None:
@@ -45,6 +48,22 @@ def replaced(final: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def disk_errors_named(output: Path) -> Iterator[None]:
+    """A disk that is full, gone or read-only, while `output` is written, is the user's to mend: an InputError.
+
+    For verbs of which the same command continues; what they had committed before is whole.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise InputError(
+            f"{error.filename or output}: {error.strerror}; make room, then the same command continues"
+        ) from error
 
 
 def _fsync(path: Path, flags: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fourge.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from fourge.convert import ConvertResult
     from fourge.quantize import QuantizeResult
     from fourge.verify import VerifyReport
 
@@ -65,4 +66,24 @@ def verify_summary(report: "VerifyReport") -> str:
     lines.append(
         "  " + ", ".join(f"{tally[status]} {status}" for status in ("passed", "failed", "skipped") if tally[status])
     )
+    return "\n".join(lines)
+
+
+def convert_summary(result: "ConvertResult") -> str:
+    """The closing table of `fourge convert`: what was written, and what the way back rests on."""
+    lines = [
+        f"{result.output}",
+        f"  layout       {result.layout}, from {result.source_layout}",
+        f"  quantized    {result.quantized_linears} Linears, {result.scheme}",
+        f"  size         {format_bytes(result.output_bytes)} ({result.output_bytes / GIB:.2f} GiB)",
+    ]
+    if result.restored:
+        lines.append("  restored     scales and JSON files of what it was converted from")
+    elif result.kept_scales or result.kept_documents:
+        scales = f"{result.kept_scales} of {result.global_scales} global scales, whose reciprocals do not lead back"
+        kept = [scales] if result.kept_scales else []
+        lines.append(f"  way back     in fourge_convert.json: {', '.join([*kept, *result.kept_documents])}")
+    if result.reordered_shards:
+        lines.append(f"  not exact    {result.reordered_shards} shards come back with another order in the header")
+    lines.append(f"  took         {format_seconds(result.seconds)}" + (" (continued)" if result.continued else ""))
     return "\n".join(lines)

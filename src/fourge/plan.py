@@ -1,0 +1,198 @@
+"""`fourge plan`: will it fit, how fast can it be, and what does quantizing it take; from headers or a config alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fourge.errors import InputError
+from fourge.planning.kv_cache import KvCacheDtype
+from fourge.settings import ComputeDtype, Scheme
+
+if TYPE_CHECKING:
+    from fourge.planning.facts import ModelFacts, Part
+    from fourge.planning.fit import Fit, Request
+    from fourge.planning.hardware import Gpu
+    from fourge.planning.kernels import Kernel
+    from fourge.planning.kv_cache import KvCache
+    from fourge.planning.quantizing import QuantizingCost
+
+GPU_MEMORY_UTILIZATION = 0.92
+"""vLLM's default (`CacheConfig`); it was 0.9 in earlier releases."""
+_USUAL_SIZES = (2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The model by the byte; source sizes are None for a checkpoint that is quantized already.
+
+    Tensor bytes, but for `shard_bytes`: the size of the output's weight files with their headers.
+    """
+
+    architecture: str
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    parameters: int
+    quantized_parameters: int
+    parts: "tuple[Part, ...]"
+    source_bytes: int | None
+    source_layer_bytes: int | None
+    output_bytes: int
+    output_layer_bytes: int
+    num_shards: int
+    shard_bytes: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `fourge plan` found.
+
+    `gpus` has every known kind in the smallest number that holds the request, `asked` the GPU of `--gpu` or
+    `--gpu-memory` in the number asked for, or the smallest. `kernels` describes the kernels that occur in them.
+    `tensor_parallel_obstacles` says of the usual sizes what hinders them. `quantizing` is None for a checkpoint
+    that is quantized already.
+    """
+
+    model: str
+    origin: str
+    scheme: Scheme
+    sizes: ModelSizes
+    kv_cache: "KvCache"
+    tensor_parallel_sizes: tuple[int, ...]
+    tensor_parallel_obstacles: dict[int, str]
+    request: "Request"
+    gpus: "tuple[Fit, ...]"
+    asked: "Fit | None"
+    kernels: "tuple[Kernel, ...]"
+    quantizing: "QuantizingCost | None"
+    notes: tuple[str, ...]
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory, a config.json, or a hub id.")],
+    *,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    scheme: Annotated[Scheme, typer.Option(help="NVFP4 is W4A4; NVFP4A16 quantizes weights only.")] = "NVFP4",
+    targets: Annotated[list[str] | None, typer.Option(help="Modules to quantize [default: Linear].")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave [default: lm_head].")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The GPU to serve on, and how many: b200:2.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU not known: 96GiB.")] = None,
+    sm: Annotated[str | None, typer.Option(help="Its compute capability: 12.0.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(min=1, help="How many GPUs [default: what --gpu says, or the fewest that do].")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens a sequence [default: the model's].")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences of that length at once.")] = 1,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="The share of each GPU that the engine may take; vLLM's default.")
+    ] = GPU_MEMORY_UTILIZATION,
+    kv_cache_dtype: Annotated[KvCacheDtype, typer.Option(help="auto is the model's own, two bytes.")] = "auto",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where quantize would write; its disk is measured.")
+    ] = Path(),
+    num_calibration_samples: Annotated[int, typer.Option(min=1, help="As for quantize.")] = 512,
+    num_probe_samples: Annotated[int, typer.Option(min=0, help="As for quantize.")] = 32,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="As for quantize.")] = 2048,
+    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="As for quantize.")] = 2048,
+    compute_dtype: Annotated[ComputeDtype, typer.Option(help="As for quantize.")] = "auto",
+    device: Annotated[str, typer.Option(help="As for quantize.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="As for quantize.")] = 0,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="Measure nothing, so estimate no time.")] = False,
+) -> PlanReport:
+    """Plan a model: its size in NVFP4, the GPUs that serve it, and what quantizing it on this machine takes.
+
+    Reads headers, or config.json alone; never weights. Unless told not to, runs for ten seconds what quantize
+    does, to estimate its time. Raises InputError for a model or GPU that cannot be planned for.
+    """
+    import torch
+
+    from fourge.planning.fit import Request, fit, smallest_fit
+    from fourge.planning.hardware import GPUS, parse_gpu
+    from fourge.planning.kv_cache import describe_kv_cache
+    from fourge.planning.model import describe
+    from fourge.planning.quantizing import QuantizingRequest, estimate_quantizing
+    from fourge.planning.tensor_parallel import first_obstacle, working_sizes
+    from fourge.walk.device import resolve_device
+
+    named = parse_gpu(gpu, gpu_memory, sm)
+    count = _resolve_count(gpu, named, tensor_parallel_size)
+    arithmetic = resolve_device(device, compute_dtype, threads)
+    facts, source = describe(model, revision, scheme, targets or ["Linear"], ["lm_head"] if ignore is None else ignore)
+    length = _resolve_length(facts, max_model_len)
+    request = Request(length, concurrency, gpu_memory_utilization, kv_cache_dtype)
+    asked = None
+    if named is not None:
+        asked = smallest_fit(facts, named[0], request) if count is None else fit(facts, named[0], count, request)
+    gpus = tuple(smallest_fit(facts, known, request) for known in GPUS)
+    cost = None
+    if source is not None:
+        torch.set_num_threads(arithmetic.pop("threads"))
+        settings = QuantizingRequest(
+            num_calibration_samples, num_probe_samples, max_seq_length, micro_batch_tokens, **arithmetic
+        )
+        cost = estimate_quantizing(facts, source, settings, output, probe=not no_probe)
+    obstacles = {size: first_obstacle(facts, size) for size in _USUAL_SIZES}
+    return PlanReport(
+        model=model,
+        origin=facts.origin,
+        scheme=facts.scheme,
+        sizes=_sizes(facts),
+        kv_cache=describe_kv_cache(facts),
+        tensor_parallel_sizes=working_sizes(facts),
+        tensor_parallel_obstacles={size: why for size, why in obstacles.items() if why is not None},
+        request=request,
+        gpus=gpus,
+        asked=asked,
+        kernels=_occurring(gpus if asked is None else (*gpus, asked)),
+        quantizing=cost,
+        notes=facts.notes,
+    )
+
+
+def _resolve_count(
+    gpu: str | None, named: "tuple[Gpu, int | None] | None", tensor_parallel_size: int | None
+) -> int | None:
+    """The number of GPUs asked for, None where the fewest are to be found."""
+    if tensor_parallel_size is None:
+        return None if named is None else named[1]
+    if named is None:
+        raise InputError(f"--tensor-parallel-size {tensor_parallel_size}: of which GPU? name it with --gpu")
+    if named[1] not in (None, tensor_parallel_size):
+        raise InputError(f"--gpu {gpu} and --tensor-parallel-size {tensor_parallel_size} disagree; leave one out")
+    return tensor_parallel_size
+
+
+def _resolve_length(facts: "ModelFacts", max_model_len: int | None) -> int:
+    most = facts.max_position_embeddings
+    if max_model_len is not None and max_model_len > most:
+        raise InputError(f"--max-model-len {max_model_len}: the model's max_position_embeddings is {most}; lower it")
+    return max_model_len or most
+
+
+def _sizes(facts: "ModelFacts") -> ModelSizes:
+    from fourge.planning.facts import largest_layer_bytes, list_parts, total_bytes
+
+    return ModelSizes(
+        architecture=facts.architecture.name,
+        num_layers=facts.num_layers,
+        num_attention_heads=facts.num_attention_heads,
+        num_key_value_heads=facts.num_key_value_heads,
+        parameters=facts.parameters,
+        quantized_parameters=facts.quantized_parameters,
+        parts=list_parts(facts),
+        source_bytes=None if facts.source is None else total_bytes(facts.source),
+        source_layer_bytes=None if facts.source is None else largest_layer_bytes(facts, facts.source),
+        output_bytes=total_bytes(facts.output),
+        output_layer_bytes=largest_layer_bytes(facts, facts.output),
+        num_shards=facts.num_shards,
+        shard_bytes=facts.shard_bytes,
+    )
+
+
+def _occurring(fits: "tuple[Fit, ...]") -> "tuple[Kernel, ...]":
+    from fourge.planning.kernels import KERNELS
+
+    names = {fit.kernel for fit in fits}
+    return tuple(kernel for kernel in KERNELS if kernel.name in names)
