@@ -5,8 +5,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PEER := .venv-llmcompressor
+MODELOPT := .venv-modelopt
 
-.PHONY: setup demo test test-slow lint bench-memory bench-quantize clean
+.PHONY: setup demo test test-slow lint bench-memory bench-quantize bench-encode clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -15,11 +16,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[data,demo,dev]'
 	touch $@
 
-# llm-compressor lives in an environment of its own: its pins are not ours.
+# Other tools live in environments of their own: their pins are not ours.
 $(PEER)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/python -m pip install --quiet $(TORCH)
 	$(PEER)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
+	touch $@
+
+$(MODELOPT)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(MODELOPT)
+	$(MODELOPT)/bin/python -m pip install --quiet $(TORCH)
+	$(MODELOPT)/bin/python -m pip install --quiet 'nvidia-modelopt[hf]==0.47.0'
 	touch $@
 
 demo: setup
@@ -28,7 +35,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-slow: setup $(PEER)/.ready
+test-slow: setup $(PEER)/.ready $(MODELOPT)/.ready
 	$(BIN)/python -m pytest -m slow
 
 lint: setup
@@ -41,6 +48,9 @@ bench-memory: setup
 
 bench-quantize: setup $(PEER)/.ready
 	$(BIN)/python benchmarks/quantize.py --peer-python $(PEER)/bin/python
+
+bench-encode: setup
+	$(BIN)/python benchmarks/encode.py
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache

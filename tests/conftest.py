@@ -98,7 +98,7 @@ def shared() -> Path:
 
 NOT_RUN: dict[str, int] = {}
 WHY_NOT_RUN = {
-    "slow": "takes minutes or an environment with llm-compressor; `make test-slow` runs them",
+    "slow": "needs an environment with llm-compressor or Model-Optimizer; `make test-slow` builds them",
     "gpu": "needs a CUDA device; `pytest -m gpu` there",
     "vllm": "needs an environment with vLLM; `pytest -m vllm` there",
 }

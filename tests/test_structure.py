@@ -67,3 +67,10 @@ def test_import_fourge_is_light() -> None:
     code = f"import sys, fourge; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_readme_names_every_file() -> None:
+    tree = (PACKAGE.parents[1] / "README.md").read_text().partition("## Files")[2]
+    names = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    files = {path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert files <= names

