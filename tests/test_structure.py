@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": {"checkpoint", "errors"},
     "methods": {"nvfp4", "errors"},
     "progress": set(),
-    "walk": {"nvfp4", "checkpoint", "methods", "data", "settings", "progress", "errors"},
+    "walk": {"nvfp4", "checkpoint", "methods", "data", "settings", "progress", "errors", "_version"},
     "checks": {"nvfp4", "checkpoint", "methods", "data", "settings", "progress", "errors", "walk"},
     "quantize": {"checkpoint", "data", "methods", "settings", "progress", "errors", "walk", "_version"},
     "verify": {"checkpoint", "checks", "data", "settings", "progress", "errors", "walk"},

@@ -3,27 +3,13 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from fourge._version import __version__
-from fourge.errors import InputError
-from fourge.settings import FREE_ON_CONTINUATION, ComputeDtype, QuantizeSettings, Scheme
-
-if TYPE_CHECKING:
-    import torch
-
-    from fourge.checkpoint.layout import Layout
-    from fourge.checkpoint.reader import Checkpoint
-    from fourge.data.tokens import TokenSets
-    from fourge.walk.job import Job
-    from fourge.walk.skeleton import Skeleton
-    from fourge.walk.streams import Stream
+from fourge.settings import ComputeDtype, QuantizeSettings, Scheme
 
 DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
 
@@ -85,6 +71,7 @@ def quantize(
     from fourge.checkpoint.durable import disk_errors_named
     from fourge.walk.device import resolve_device
     from fourge.walk.resources import return_freed_layers
+    from fourge.walk.run import QuantizeRun
 
     began = time.monotonic()
     settings = QuantizeSettings(
@@ -106,9 +93,9 @@ def quantize(
     )
     torch.set_num_threads(settings.threads)
     return_freed_layers()
-    run = _Run.prepare(settings, output)
+    run = QuantizeRun.prepare(settings, output)
     with run.open_job(restart) as job, disk_errors_named(output):
-        _quantize_in(job, run)
+        run.work(job)
     fidelity = job.result["fidelity"] if job.result else None
     return QuantizeResult(
         output=output,
@@ -127,169 +114,3 @@ def peak_resident_bytes() -> int:
     """The largest resident memory this process ever had, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A validated request: everything that can be known from headers is known, and nothing is written yet."""
-
-    settings: QuantizeSettings
-    output: Path
-    source: "Checkpoint"
-    skeleton: "Skeleton"
-    layout: "Layout"
-    device: "torch.device"
-    dtype: "torch.dtype"
-
-    @classmethod
-    def prepare(cls, settings: QuantizeSettings, output: Path) -> "_Run":
-        import torch
-
-        from fourge.checkpoint.reader import Checkpoint, require_float, require_unquantized
-        from fourge.checkpoint.source import locate
-        from fourge.methods import find_method
-        from fourge.walk.model import describe_model
-
-        method = find_method(settings.method)
-        if settings.calibration == "none" and method.needs_hessian:
-            raise InputError(
-                f"--calibration none: --method {settings.method} needs data; name some, or --method search"
-            )
-        if settings.scheme == "NVFP4" and settings.calibration == "none":
-            raise InputError(
-                "--calibration none: NVFP4 needs data for its input scales; name some, or --scheme NVFP4A16"
-            )
-        source = Checkpoint.open(locate(settings.model, settings.revision))
-        require_unquantized(source)
-        require_float(source)
-        device = torch.device(settings.device)
-        skeleton, layout = describe_model(source, settings.targets, settings.ignore, device)
-        if output.resolve() == source.directory.resolve():
-            raise InputError(f"-o {output} is the source itself; name a new directory")
-        return cls(settings, output, source, skeleton, layout, device, getattr(torch, settings.compute_dtype))
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Weight-only `max` looks at no activation, so there the calibration set would run for nothing."""
-        from fourge.methods import find_method
-
-        method = find_method(self.settings.method)
-        return self.settings.scheme == "NVFP4" or method.weighs_channels or method.needs_hessian
-
-    def fingerprint(self) -> dict[str, Any]:
-        import torch
-        import transformers
-
-        return {
-            **self.settings.fingerprint(),
-            "source": self.source.digest(),
-            "fourge": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-
-    @contextmanager
-    def open_job(self, restart: bool) -> "Iterator[Job]":
-        from fourge.walk.job import Job
-
-        written = 0 if restart else sum(path.stat().st_size for path in self.output.glob("model-*.safetensors"))
-        self._require_room(0, 0, written)
-        with Job(self.output, self.fingerprint(), self.settings.to_json()).open(restart=restart) as job:
-            try:
-                yield job
-            except BaseException:
-                if job.next_step == 0 and not job.tokens_path.exists():
-                    job.discard()
-                else:
-                    job.remove_leftovers()
-                raise
-
-    def token_sets(self, job: "Job") -> "TokenSets | None":
-        """The job's sequences: rendered once, then read back, so that a continued run sees the same tokens."""
-        settings = self.settings
-        if settings.calibration == "none":
-            return None
-        from fourge.data import DataRequest, load_token_sets, read_token_sets, save_token_sets
-        from fourge.progress import announced
-        from fourge.walk.resident import make_sampler
-
-        if not job.tokens_path.exists():
-            request = DataRequest(
-                source=settings.calibration,
-                num_calibration_samples=settings.num_calibration_samples,
-                num_probe_samples=settings.num_probe_samples,
-                max_seq_length=settings.max_seq_length,
-                seed=settings.seed,
-                probe_source=settings.probe,
-            )
-            sampler = make_sampler(self.source, self.skeleton, self.dtype, self.device)
-            vocabulary = int(self.skeleton.config.vocab_size)
-            with announced(f"Rendering {settings.calibration}"):
-                sets = load_token_sets(request, self.source.directory, vocabulary, sampler)
-            save_token_sets(job.tokens_path, sets)
-        return read_token_sets(job.tokens_path)
-
-    def streams(self, sets: "TokenSets | None") -> "tuple[Stream, ...]":
-        from fourge.methods import find_method
-        from fourge.walk.streams import lay_out
-
-        if sets is None:
-            return ()
-        calibration = sets.calibration.sequences if self.needs_calibration else ()
-        propagated = calibration if find_method(self.settings.method).needs_hessian else ()
-        probe = sets.probe.sequences
-        return lay_out(
-            [
-                ("calibration", "bf16", calibration),
-                ("calibration", "nvfp4", propagated),
-                ("probe", "bf16", probe),
-                ("probe", "nvfp4", probe),
-            ],
-            self.settings.micro_batch_tokens,
-        )
-
-    def require_room(self, streams: "tuple[Stream, ...]", already_written: int) -> None:
-        rows = streams[-1].last_row if streams else 0
-        batches = [batch.count * batch.length for stream in streams for batch in stream.batches]
-        self._require_room(rows, max(batches, default=0), already_written)
-
-    def _require_room(self, rows: int, longest_batch: int, already_written: int) -> None:
-        from fourge.walk.hidden import HiddenLayout
-        from fourge.walk.resources import estimate_needs, require_resources
-
-        hidden = HiddenLayout(rows, self.skeleton.hidden_size, self.dtype)
-        needs = estimate_needs(self.layout, self.source, self.settings.scheme, hidden, longest_batch)
-        require_resources(needs, self.output, self.device, already_written)
-
-
-def _quantize_in(job: "Job", run: _Run) -> None:
-    """Runs the steps that are left and finishes the directory; a finished one is left as it is."""
-    from fourge.methods import find_method
-    from fourge.progress import WalkProgress, announced
-    from fourge.walk.finish import finish_checkpoint
-    from fourge.walk.model import require_finite_ends
-    from fourge.walk.steps import QuantizingWalk
-    from fourge.walk.walk import Walk
-
-    job.remove_leftovers()
-    if job.finished:
-        print(f"{run.output} is finished already; --restart would do it again", file=sys.stderr)
-        return
-    if not job.continued:
-        with announced("Checking embedding and head for NaN and Inf"):
-            require_finite_ends(run.source, run.layout)
-    sets = run.token_sets(job)
-    streams = run.streams(sets)
-    walk = Walk(run.skeleton, run.source, streams, run.dtype, run.device)
-    quantizing = QuantizingWalk(walk, run.layout, run.settings, find_method(run.settings.method))
-    if job.continued:
-        with announced(f"Checking {job.next_step} committed steps of {run.output}"):
-            job.check_committed(walk.hidden_layout if streams else None, lambda count: None)
-    run.require_room(streams, sum(record.size for record in job.records))
-    steps, costs = run.layout.num_steps, quantizing.costs()
-    with WalkProgress("quantize", steps, job.next_step, job.metrics_path, costs=costs) as progress:
-        quantizing.run(job, progress)
-    finish_checkpoint(job, run.source, run.layout, run.settings.scheme, sets.provenance if sets else None)
-
-
-__all__ = ["FREE_ON_CONTINUATION", "QuantizeResult", "quantize"]

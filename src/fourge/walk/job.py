@@ -253,8 +253,11 @@ class Job:
 
     # Continuing
 
-    def check_committed(self, hidden: HiddenLayout | None, progress: Callable[[int], None]) -> None:
-        """Reads back every committed shard and the hidden states that come next; InputError names what is wrong."""
+    def check_committed(self, hidden: HiddenLayout | None, checked: Callable[[str], None]) -> None:
+        """Reads back every committed shard and the hidden states that come next; InputError names what is wrong.
+
+        `checked` is called with the name of every shard that was found as it should be.
+        """
         mend = "the job cannot go on from here: start over with --restart"
         for record in self.records:
             path = self.output / record.shard
@@ -262,8 +265,9 @@ class Job:
                 raise InputError(f"{path} was committed and is gone; {mend}")
             if path.stat().st_size != record.size:
                 raise InputError(f"{path} has {path.stat().st_size} bytes, {record.size} were committed; {mend}")
-            if sha256_file(path, progress) != record.sha256:
+            if sha256_file(path) != record.sha256:
                 raise InputError(f"{path} is not what was committed (its SHA-256 differs); {mend}")
+            checked(record.shard)
         if not self.records or hidden is None or self.records[-1].hidden_checksum is None:
             return
         path = self.hidden_path(self.next_step)

@@ -24,6 +24,9 @@ _MAPPED_BLOCK_BYTES = 16 << 20
 _WORKING_BYTES = 200 << 20
 """Blocks of rows, I/O buffers and the allocator's slack, whatever the model's size."""
 
+_METHOD_BYTES = 512 << 20
+"""What a method takes for the chunk of rows that it works on."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -33,6 +36,7 @@ class Needs:
     hidden: int
     layer: int
     micro_batch: int
+    method: int
 
     @property
     def disk(self) -> int:
@@ -41,12 +45,18 @@ class Needs:
 
     @property
     def memory(self) -> int:
-        """One layer in the source's dtype with its largest group quantized beside it, a micro-batch, and slack."""
-        return int(1.3 * self.layer) + self.micro_batch + _WORKING_BYTES
+        """One layer in the source's dtype with its largest group quantized beside it, and the larger of what runs a
+        micro-batch and what the method works with; and slack."""
+        return int(1.3 * self.layer) + max(self.micro_batch, self.method) + _WORKING_BYTES
 
 
 def estimate_needs(
-    layout: Layout, source: Checkpoint, scheme: Scheme, hidden: HiddenLayout, longest_batch: int
+    layout: Layout,
+    source: Checkpoint,
+    scheme: Scheme,
+    hidden: HiddenLayout,
+    longest_batch: int,
+    needs_hessian: bool = False,
 ) -> Needs:
     """The needs of a run whose longest micro-batch has `longest_batch` tokens (0 for none)."""
     output = sum(
@@ -56,7 +66,12 @@ def estimate_needs(
     widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
     # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
     micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
-    return Needs(output, hidden.nbytes, layer, micro_batch)
+    method = 0
+    if needs_hessian:
+        # XᵀX in FP32, two more matrices while it is factored, and rows of weights in FP32 in walk order.
+        widest_input = max(layout.shapes[f"{name}.weight"][1] for name in layout.quantized)
+        method = 3 * 4 * widest_input**2 + _METHOD_BYTES
+    return Needs(output, hidden.nbytes, layer, micro_batch, method)
 
 
 def return_freed_layers() -> None:
