@@ -135,7 +135,8 @@ def test_ranks_together_hold_the_model_and_what_is_replicated(pico: Callable[...
     from fourge.planning.tensor_parallel import rank_bytes
 
     size = 4
-    source = pico("qwen2", num_attention_heads=8, num_key_value_heads=2, hidden_size=128, intermediate_size=256)
+    biases = {"attention_bias": True, "mlp_bias": True}
+    source = pico("llama", num_attention_heads=8, hidden_size=128, intermediate_size=256, **biases)
     written = quantize(source, tmp_path / "out")
     share = 0
     for path in written.glob("*.safetensors"):
@@ -166,6 +167,12 @@ def test_a_vocabulary_is_padded_to_64(pico: Callable[..., Path]) -> None:
 
     facts = describe(pico("llama", vocab_size=130))
     assert rank_bytes(facts, 1).weights - sum(stored.nbytes for stored in facts.output.values()) == 2 * 62 * 64 * 2
+
+
+def test_a_vocabulary_must_divide_once_padded(pico: Callable[..., Path]) -> None:
+    by_three = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "intermediate_size": 192}
+    assert plan(pico("llama", vocab_size=128, **by_three)).tensor_parallel_sizes == (1,)
+    assert plan(pico("llama", vocab_size=180, **by_three)).tensor_parallel_sizes == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ from fourge.methods.scale_search import search_scales
 from fourge.methods.search import Search
 from fourge.nvfp4.quantize import QuantizedWeight, group_scales
 
+_REPLAY_WINDOW = 8
+"""Codes to both sides of a proposal. 8 did better than 4 on held-out tokens of every Linear tried, 16 no better."""
+
 Round = Callable[[Tensor, Tensor, Tensor, Curvature], QuantizedWeight]
 """(weight, global scale, importance, curvature) → the quantized weight."""
 
@@ -33,7 +36,7 @@ def replay_from_max_scales(
     weight: Tensor, global_scale: Tensor, importance: Tensor, curvature: Curvature
 ) -> QuantizedWeight:
     """Schur replay (`replay.py`), its proposals starting from max calibration's scales."""
-    return replay(weight, group_scales(weight.float(), global_scale), global_scale, curvature)
+    return replay(weight, group_scales(weight.float(), global_scale), global_scale, curvature, _REPLAY_WINDOW)
 
 
 class AlongCurvature:

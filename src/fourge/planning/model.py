@@ -190,11 +190,9 @@ def _source_dtype(found: _Found, notes: list[str]) -> str:
 
 def _imagine_checkpoint(found: _Found, skeleton: Skeleton, dtype: str) -> Checkpoint:
     """The checkpoint that the config describes: every tensor with its size, none with a place in a file."""
-    head = f"{skeleton.architecture.head}.weight"
     tensors = {
         name: TensorInfo(name, dtype, shape, found.path, 0, prod(shape) * DTYPES[dtype].itemsize)
         for name, shape in sorted(skeleton.shapes.items())
-        if not (skeleton.tied_head and name == head)
     }
     return Checkpoint(found.path.parent, tensors, found.raw, {}, {})
 

@@ -153,7 +153,7 @@ def _source_bytes_read(facts: ModelFacts, tokens: _Tokens) -> int:
 
 def _flop(facts: ModelFacts, tokens: _Tokens) -> tuple[int, int]:
     """Floating-point operations in the bf16 and in the nvfp4 lane: Linears, attention, and the head on the probe."""
-    attention = 4 * facts.num_layers * facts.num_attention_heads * facts.head_dim * tokens.length
+    attention = 4 * facts.num_layers * facts.num_attention_heads * facts.head_dim * tokens.length // 2
     token = 2 * facts.linear_parameters + attention
     head = 2 * facts.head_parameters * tokens.probe
     return (tokens.calibration + tokens.probe) * token + head, tokens.probe * token + head
