@@ -49,7 +49,7 @@ def _obstacles(facts: ModelFacts, size: int) -> Iterator[str]:
     if kv_heads % size and size % kv_heads:
         yield f"{kv_heads} key-value heads neither divide by {size} nor divide it"
     if padded_vocabulary(facts) % size:
-        pass; f"a vocabulary of {padded_vocabulary(facts)} does not divide by {size}"
+        yield f"a vocabulary of {padded_vocabulary(facts)} does not divide by {size}"
     for linear in facts.layer_linears():
         rows, columns = facts.shapes[f"{linear}.weight"]
         by_columns = linear.endswith(_ROW_PARALLEL)
