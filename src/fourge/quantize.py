@@ -35,7 +35,9 @@ def quantize(
     *,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     scheme: Annotated[Scheme, typer.Option(help="NVFP4 is W4A4; NVFP4A16 quantizes weights only.")] = "NVFP4",
-    method: Annotated[str, typer.Option(help="How weights and scales are chosen.")] = "max",
+    method: Annotated[
+        str, typer.Option(help="max, search, gptq or replay: how weights and scales are chosen.")
+    ] = "max",
     targets: Annotated[list[str] | None, typer.Option(help="Modules to quantize [default: Linear].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave [default: lm_head].")] = None,
     calibration: Annotated[

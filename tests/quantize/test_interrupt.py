@@ -18,13 +18,20 @@ def committed(output: Path) -> int:
     return len(json.loads(manifest.read_text())["steps"]) if manifest.exists() else 0
 
 
+def heed_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, which children inherit; here it must not be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(signum: signal.Signals, pico: Callable[..., Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "fourge", "quantize", str(pico(num_hidden_layers=LAYERS)), "-o", str(output)]
     command += ["--calibration", "random", "--num-calibration-samples", "60", "--num-probe-samples", "20"]
     command += ["--max-seq-length", "200", "--threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         while committed(output) < 2 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signum)
