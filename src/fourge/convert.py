@@ -74,6 +74,7 @@ def convert(
     from fourge.checkpoint.source import locate
 
     began = time.monotonic()
+    output = Path(output)  # a script may well give a string
     if layout not in LAYOUTS:
         raise InputError(f"--layout {layout}: known are {', '.join(LAYOUTS)}")
     opened = Checkpoint.open(locate(checkpoint, revision))

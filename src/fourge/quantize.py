@@ -76,6 +76,7 @@ def quantize(
     from fourge.walk.run import QuantizeRun
 
     began = time.monotonic()
+    output = Path(output)  # a script may well give a string
     settings = QuantizeSettings(
         model=model,
         revision=revision,

@@ -72,6 +72,7 @@ def verify(
     from fourge.checks.files import require_quantized
     from fourge.walk.device import resolve_device
 
+    output = Path(output)  # a script may well give a string
     if deep and source is None:
         raise InputError("--deep compares with the source: name it with --source")
     require_quantized(output)

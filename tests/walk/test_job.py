@@ -44,7 +44,7 @@ def stopped(pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monke
     """A job of which two steps of four are committed."""
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         stop_after(patch, 2)
-        fourge.quantize(str(pico()), tmp_path / "out", **OPTIONS)
+        fourge.quantize(str(pico()), str(tmp_path / "out"), **OPTIONS)
     return tmp_path / "out"
 
 
