@@ -241,11 +241,10 @@ def _require_output(output: Path, request: dict[str, str]) -> bool:
 
 
 def _require_room(output: Path, needed: int) -> None:
+    from fourge.checkpoint.durable import nearest_existing
     from fourge.progress import format_bytes
 
-    existing = output.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest_existing(output)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(

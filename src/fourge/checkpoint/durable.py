@@ -38,6 +38,14 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def nearest_existing(path: Path) -> Path:
+    """`path` itself, or the nearest of its parents that is there: where its disk can be asked about."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 @contextmanager
 def replaced(final: Path) -> Iterator[Path]:
     """A temporary name in `final`'s folder, put in its place durably at the end and removed on an exception."""

@@ -1,6 +1,6 @@
 """What goes into which output shard: decided from names and shapes alone, before anything is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fourge.checkpoint import compressed_tensors
@@ -131,13 +131,3 @@ def _check_selection(
                 f"{linear} has {columns} input columns, not a multiple of {GROUP_SIZE}: it cannot be NVFP4; "
                 f"leave it as it is with --ignore lm_head --ignore 're:.*{suffix}'"
             )
-
-
-def find_groups_sharing_scales(layout: Layout) -> Sequence[tuple[str, ...]]:
-    """Full names of the quantized Linears of every fused group, the whole model's."""
-    return [
-        tuple(layout.architecture.layer_prefix(layer) + linear for linear in group.linears)
-        for layer in range(layout.num_layers)
-        for group in layout.groups(layer)
-        if len(group.linears) > 1
-    ]

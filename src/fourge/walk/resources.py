@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from fourge.checkpoint.durable import nearest_existing
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.writer import safetensors_size
@@ -98,9 +99,7 @@ def available_memory() -> int:
 
 def require_resources(needs: Needs, output: Path, device: torch.device, already_written: int) -> None:
     """Raises InputError, naming what is needed and what there is, when disk or memory will not do."""
-    existing = output
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest_existing(output)
     free = shutil.disk_usage(existing).free
     disk = max(0, needs.disk - already_written)
     if free < disk:
