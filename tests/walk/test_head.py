@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fourge.walk.head import compare_heads, summarise
+from fourge.walk.head import compare_heads, count_by_magnitude, summarise
 from fourge.walk.statistics import clustered_mean
 
 
@@ -70,3 +70,11 @@ def test_clustered_error_covers_what_repeated_sampling_shows() -> None:
 
 def test_one_sequence_has_no_standard_error() -> None:
     assert clustered_mean(np.ones(5), np.zeros(5)).standard_error is None
+
+
+def test_kl_is_counted_by_its_power_of_two() -> None:
+    values = np.array([-1e-9, 0.0, 2.0**-21, 2.0**-20, 0.3, 0.25, 0.49999, 0.5, 1.0, 15.9, 16.0, 1e9])
+    counted = count_by_magnitude(values)
+    edges = [-np.inf, *(2.0**exponent for exponent in range(counted.lowest_exponent, 5)), np.inf]
+    assert counted.lowest_exponent == -20
+    assert counted.counts == np.histogram(values, edges)[0].tolist()

@@ -1,0 +1,63 @@
+"""Which engine evaluates: the walk, unless a GPU holds either model with room to spare, or servers are named."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fourge.checkpoint.reader import Checkpoint
+from fourge.errors import InputError
+from fourge.evaluation.lm_eval_run import Engine
+
+if TYPE_CHECKING:
+    from fourge.evaluation.requests import Role
+
+EngineOption = Literal["auto", "walk", "hf", "vllm"]
+_ROOM = 1.4
+"""Memory that a model is given over its weights: activations, logits of a batch, a cache while it generates."""
+
+
+def choose_engine(
+    asked: EngineOption, models: "Mapping[Role, Path]", urls: "Mapping[Role, str]", device: str
+) -> Engine:
+    """The engine for models on `device` (resolved: "cpu", "cuda" or "cuda:N").
+
+    Raises InputError for servers that no engine would ask, or the other way round.
+    """
+    if asked == "vllm" or (asked == "auto" and urls):
+        missing = [role for role in models if role not in urls]
+        if missing:
+            raise InputError(f"--engine vllm: where is the {missing[0]} model served? name it with --{missing[0]}-url")
+        return "vllm"
+    if urls:
+        raise InputError(f"--{next(iter(urls))}-url is for --engine vllm; --engine {asked} computes itself")
+    if asked != "auto":
+        return asked
+    if not device.startswith("cuda"):
+        return "walk"
+    return "hf" if max(map(loaded_bytes, models.values())) * _ROOM < _free_bytes(device) else "walk"
+
+
+def loaded_bytes(directory: Path) -> int:
+    """Bytes of a checkpoint's weights in transformers' memory: NVFP4 decompressed to BF16, four times the codes."""
+    tensors = Checkpoint.open(directory).tensors.values()
+    return sum(info.nbytes * 4 if info.dtype == "U8" else info.nbytes for info in tensors)
+
+
+def file_bytes(directory: Path) -> int:
+    """Bytes of a checkpoint's weights on disk."""
+    return sum(info.nbytes for info in Checkpoint.open(directory).tensors.values())
+
+
+def _free_bytes(device: str) -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
+
+
+def emulated_numerics(quantized: Path | None) -> str:
+    """What an engine that follows the checkpoint's config computes: activations in FP4 too, or weights alone."""
+    if quantized is None:
+        return ""
+    config: Mapping[str, Any] = Checkpoint.open(quantized).config["quantization_config"]
+    groups = config["config_groups"].values()
+    return "W4A4 emulated" if any(group.get("input_activations") for group in groups) else "W4A16 emulated"
