@@ -1,18 +1,25 @@
-"""The last act of a job: config, the files beside the weights, then the index that makes it a checkpoint."""
+"""The last act of a job: the files beside the weights, config, provenance, then the index: now it is a checkpoint."""
 
 from typing import Any
 
 from fourge.checkpoint.compressed_tensors import with_quantization
 from fourge.checkpoint.durable import copy_file, write_json
+from fourge.checkpoint.folder import CONFIG, PROVENANCE
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.writer import index_json
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 from fourge.walk.job import Job, shard_name
+from fourge.walk.provenance import describe_provenance
 
 
 def finish_checkpoint(
-    job: Job, source: Checkpoint, layout: Layout, scheme: Scheme, data: dict[str, Any] | None
+    job: Job,
+    source: Checkpoint,
+    layout: Layout,
+    scheme: Scheme,
+    kv_cache_scheme: KvCacheScheme | None,
+    data: dict[str, Any] | None,
 ) -> None:
     """Writes what is left of the output directory. `data` is the token sets' provenance, kept in job.json."""
     from fourge.checkpoint.header import read_header
@@ -25,10 +32,14 @@ def finish_checkpoint(
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(info.nbytes for info in tensors.values())
 
+    index = index_json(weight_map, total)
+
     def write_rest() -> None:
         for path in source.sidecars():
             copy_file(path, job.output / path.name)
-        write_json(job.output / "config.json", with_quantization(source.config, scheme, layout.kept))
+        config = with_quantization(source.config, scheme, layout.kept, kv_cache_scheme)
+        write_json(job.output / CONFIG, config)
+        write_json(job.output / PROVENANCE, describe_provenance(job, source, index))
 
     events = job.events + [
         {"step": layout.step_name(i)} | event for i, record in enumerate(job.records) for event in record.events
@@ -39,4 +50,4 @@ def finish_checkpoint(
         "dropped_tensors": list(layout.dropped),
         "events": events,
     }
-    job.finish(result, index_json(weight_map, total), write_rest)
+    job.finish(result, index, write_rest)

@@ -1,0 +1,130 @@
+"""How the checkpoint was made: the recipe, the data, the versions, what it took, and the command that repeats it."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from fourge.progress import format_bytes, format_seconds
+from fourge.publishing.card_options import CardFacts
+from fourge.publishing.card_section import Section, Trace
+from fourge.publishing.evidence import METRICS
+from fourge.publishing.markdown import bullets, code, facts, plain, without_folder
+
+_METHODS = {
+    "max": "max calibration: every scale from the largest magnitude",
+    "search": "search: scales that give the smallest error",
+    "gptq": "GPTQ: error fed back by the inputs' second moments",
+    "replay": "replay: codes and scales chosen together against the inputs' second moments",
+}
+_UNSAID = ("model", "revision", "device", "threads")
+"""Not in the command as they stand: the model and its commit have their own place, and where it ran is no recipe."""
+
+
+def details(card: CardFacts) -> Section:
+    """Method, data, ignored modules, versions, machine, time and memory, events."""
+    settings = card.evidence.settings
+    if settings is None:
+        said = "No file here says how it was made: there is neither `.fourge/job.json` nor `fourge.json`. "
+        ignored = ", ".join(f"`{name}`" for name in card.quantization.get("ignore", []))
+        left = f"config.json: left as they were: {ignored}. " if ignored else ""
+        again = "`fourge quantize` writes them for a checkpoint of its own."
+        return Section(
+            "Quantization details", f"{said}{left}{again}", missing="fourge.json, which fourge quantize writes"
+        )
+    rows = [
+        ("Method", _method(settings)),
+        *_data_rows(card, settings),
+        ("Left unquantized", ", ".join(f"`{name}`" for name in settings["ignore"]) or "nothing"),
+        ("Quantized", ", ".join(f"`{name}`" for name in settings["targets"])),
+        ("Seed", str(settings["seed"])),
+        *_cost_rows(card, settings),
+    ]
+    parts = [facts(rows), *_events(card), "To repeat it:", code(reproduction(card, settings))]
+    return Section("Quantization details", "\n\n".join(parts), _traces(card))
+
+
+def reproduction(card: CardFacts, settings: Mapping[str, Any]) -> str:
+    """The command line with every setting spelled out, so that no default need stay what it was."""
+    model = card.base_model or without_folder(str(settings["model"]))
+    arguments = ["fourge", "quantize", model, "--output", card.name]
+    if card.revision is not None:
+        arguments += ["--revision", card.revision]
+    for name, value in settings.items():
+        option = f"--{name.replace('_', '-')}"
+        if name in _UNSAID or value is None or value is False:
+            continue
+        if value is True:
+            arguments.append(option)
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            arguments += [option, without_folder(str(one))]
+    return shlex.join(arguments)
+
+
+def calibration_text(data: Mapping[str, Any]) -> str:
+    """The source of the calibration set, with what is known of where it is from."""
+    origin = data["calibration"]["origin"]
+    known = [f"{key} {origin[key]}" for key in ("config", "split", "revision") if origin.get(key)]
+    if "sha256" in origin:
+        known.append(f"SHA-256 `{origin['sha256'][:16]}…`")
+    name = str(data["source"])
+    # A path is of no use to a reader; the digest says which file it was.
+    shown = name.rpartition("/")[2] if origin.get("kind") in ("file", "saved dataset") else name
+    return plain(shown) + (f" ({', '.join(known)})" if known else "")
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    parts = [_METHODS.get(settings["method"], settings["method"])]
+    if settings["scheme"] == "NVFP4":
+        parts.append(f"input scales for {settings['input_headroom']:g} times the calibrated range")
+    if settings.get("smooth"):
+        parts.append("powers of two folded into norms, up_proj and v_proj where validation text gained")
+    if settings.get("kv_cache_scheme"):
+        parts.append(f"{settings['kv_cache_scheme'].upper()} scales for the KV cache")
+    return "; ".join(parts)
+
+
+def _data_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    data = card.evidence.data
+    if data is None:
+        return [("Calibration set", "none: weights only" if settings["calibration"] == "none" else "not recorded")]
+    rows = [("Calibration set", calibration_text(data))]
+    for role, name in (("calibration", "Calibration"), ("validation", "Validation"), ("probe", "Probe (held out)")):
+        found = data.get(role)
+        if found is not None and found["sequences"]:
+            text = f"{found['sequences']:,} samples of at most {data['max_seq_length']:,} tokens, {found['tokens']:,} "
+            rows.append((f"{name} samples", f"{text}tokens in all (SHA-256 `{found['sha256'][:16]}…`)"))
+    return rows
+
+
+def _cost_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    versions = ", ".join(f"{name} {version}" for name, version in (card.evidence.versions or {}).items())
+    machine = f"{settings['device']}, {settings['threads']} threads, arithmetic in {settings['compute_dtype']}"
+    rows = [("Software", versions), ("Machine", machine)]
+    metrics = card.evidence.metrics
+    if metrics:
+        rows.append(("Time", f"{format_seconds(sum(step.seconds for step in metrics))} for {len(metrics)} steps"))
+        memory = max(step.resident_bytes for step in metrics)
+        rows.append(("Memory", f"{format_bytes(memory)} resident at most, read at the end of every step"))
+    return rows
+
+
+def _events(card: CardFacts) -> list[str]:
+    counted: dict[str, int] = {}
+    for event in card.evidence.events:
+        counted[event["event"]] = counted.get(event["event"], 0) + 1
+    if not counted:
+        return ["Nothing out of the ordinary was recorded."]
+    lines = [f"{plain(name)} ({number} ×)" for name, number in sorted(counted.items())]
+    return ["Recorded on the way:", bullets(lines)]
+
+
+def _traces(card: CardFacts) -> tuple[Trace, ...]:
+    record = card.evidence.record
+    assert record is not None
+    traces = [Trace("method, data, settings, events", record, "fourge quantize")]
+    versions = "fourge.json" if card.evidence.provenance is not None else record
+    traces.append(Trace("software versions", versions, "fourge quantize"))
+    if card.evidence.metrics:
+        traces.append(Trace("time, memory", METRICS, "fourge quantize"))
+    return tuple(traces)
