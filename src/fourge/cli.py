@@ -14,12 +14,27 @@ from typing import Annotated, Any
 
 import typer
 
+from fourge.card import card
+from fourge.chat import chat
+from fourge.compare import compare
 from fourge.convert import convert
 from fourge.errors import InputError
+from fourge.evaluate import evaluate
+from fourge.page import page
 from fourge.plan import plan
+from fourge.push import push
 from fourge.quantize import quantize
+from fourge.report.card_text import card_summary
+from fourge.report.evaluate_text import evaluate_summary
+from fourge.report.evaluation_text import evaluation_summary
+from fourge.report.page_text import page_summary
 from fourge.report.plan_text import plan_summary
+from fourge.report.publish_text import push_summary, sbom_summary, sign_summary
+from fourge.report.serve_text import chat_summary, serve_summary
 from fourge.report.text import convert_summary, quantize_summary, verify_summary
+from fourge.sbom import sbom
+from fourge.serve import serve
+from fourge.sign import sign
 from fourge.verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -52,7 +67,9 @@ def _command(
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             print(f"\nfourge: stopped; {stopped} with: {command}", file=sys.stderr)
             raise typer.Exit(2) from None
-        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else show(result))
+        text = json.dumps(dataclasses.asdict(result), default=str) if json_output else show(result)
+        if text:
+            print(text)
         raise typer.Exit(exit_code(result))
 
     own = inspect.Parameter(
@@ -73,6 +90,15 @@ _command(plan, plan_summary)
 _command(quantize, quantize_summary, stopped="what was committed is kept, continue")
 _command(verify, verify_summary, lambda report: 0 if report.passed else 1)
 _command(convert, convert_summary, stopped="the shards that were written are kept, continue")
+_command(evaluate, evaluate_summary, stopped="the layers that were walked are kept, continue")
+_command(compare, evaluation_summary)
+_command(serve, serve_summary, lambda result: result.exit_code)
+_command(chat, chat_summary)
+_command(card, card_summary)
+_command(page, page_summary)
+_command(sbom, sbom_summary)
+_command(sign, sign_summary)
+_command(push, push_summary, stopped="what was sent is kept, continue")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

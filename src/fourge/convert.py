@@ -12,7 +12,7 @@ import typer
 
 from fourge._version import __version__
 from fourge.errors import InputError
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,7 @@ class ConvertResult:
     source_layout: str
     layout: str
     scheme: Scheme
+    kv_cache_scheme: KvCacheScheme | None
     quantized_linears: int
     global_scales: int
     kept_scales: int
@@ -90,9 +91,10 @@ def convert(
         source_layout=found.name,
         layout=layout,
         scheme=content.scheme,
+        kv_cache_scheme=content.kv_cache_scheme,
         quantized_linears=len(content.linears),
-        global_scales=len(content.scales),
-        kept_scales=len(kept.scales) if kept else 0,
+        global_scales=len(content.scales.keys() - content.kv_scale_names),
+        kept_scales=len(kept.scales.keys() - content.kv_scale_names) if kept else 0,
         kept_documents=tuple(sorted(kept.documents)) if kept else (),
         restored=conversion.restored,
         reordered_shards=sum(not shard.standard for shard in conversion.shards),
@@ -111,13 +113,13 @@ def _read_content(checkpoint: "Checkpoint", layout: "FileLayout") -> "Content":
 
     if layout is not COMPRESSED_TENSORS:
         path = regular_file(checkpoint.directory, HF_QUANT_CONFIG)
-        scheme, exclude = read_hf_quant_config(path, parse_object(path.read_bytes(), str(path)))
-        return describe_content(checkpoint, layout, scheme, exclude)
+        scheme, kv_cache_scheme, exclude = read_hf_quant_config(path, parse_object(path.read_bytes(), str(path)))
+        return describe_content(checkpoint, layout, scheme, kv_cache_scheme, exclude)
     check, quantization = check_config(checkpoint.config)
     if quantization is None or check.failures:
         raise InputError(f"{checkpoint.directory / CONFIG}: {check.failures[0]}; such a checkpoint cannot be converted")
     literal = [name for name in quantization.ignore if not name.startswith("re:")]
-    return describe_content(checkpoint, layout, quantization.scheme, literal)
+    return describe_content(checkpoint, layout, quantization.scheme, quantization.kv_cache_scheme, literal)
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,14 @@ class _Conversion:
 
     @classmethod
     def prepare(cls, content: "Content", target: "FileLayout", output: Path) -> "_Conversion":
-        from fourge.checkpoint.exchange import invert
+        from fourge.checkpoint.folder import PROVENANCE, regular_file
         from fourge.checkpoint.modelopt import HF_QUANT_CONFIG
         from fourge.checkpoint.way_back import WAY_BACK, WayBack
 
         directory = content.checkpoint.directory
         documents = content.documents_in(target)
         scales = {
-            content.rename(name, target): invert(name, scale, directory).reshape(target.global_shape)
+            content.rename(name, target): content.carry(name, scale).reshape(target.scalar_shape)
             for name, scale in content.scales.items()
         }
         origin = WayBack.read(directory)
@@ -178,8 +180,11 @@ class _Conversion:
             documents, scales, kept = documents | dict(origin.documents), scales | dict(origin.scales), None
         paths = sorted({info.path for info in content.checkpoint.tensors.values()})
         shards = tuple(_Shard.read(path) for path in paths)
-        sidecars = tuple(path for path in content.checkpoint.sidecars() if path.name not in (HF_QUANT_CONFIG, WAY_BACK))
-        return cls(content, target, output, shards, documents, scales, sidecars, kept, origin is not None)
+        carried = [path for path in content.checkpoint.sidecars() if path.name not in (HF_QUANT_CONFIG, WAY_BACK)]
+        if (directory / PROVENANCE).exists():
+            # It goes on describing what was converted, so that the way back is to the very files that it describes.
+            carried.append(regular_file(directory, PROVENANCE))
+        return cls(content, target, output, shards, documents, scales, tuple(carried), kept, origin is not None)
 
     def run(self) -> bool:
         """Writes the output; shards that an earlier, stopped run finished are left. Whether there was one."""

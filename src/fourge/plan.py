@@ -88,7 +88,9 @@ def plan(
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="The share of each GPU that the engine may take; vLLM's default.")
     ] = GPU_MEMORY_UTILIZATION,
-    kv_cache_dtype: Annotated[KvCacheDtype, typer.Option(help="auto is the model's own, two bytes.")] = "auto",
+    kv_cache_dtype: Annotated[
+        KvCacheDtype, typer.Option(help="auto is FP8 where the checkpoint says so, else two bytes.")
+    ] = "auto",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where quantize would write; its disk is measured.")
     ] = Path(),
@@ -110,7 +112,7 @@ def plan(
 
     from fourge.planning.fit import Request, fit, smallest_fit
     from fourge.planning.hardware import GPUS, parse_gpu
-    from fourge.planning.kv_cache import describe_kv_cache
+    from fourge.planning.kv_cache import describe_kv_cache, resolve_kv_cache_dtype
     from fourge.planning.model import describe
     from fourge.planning.quantizing import QuantizingRequest, estimate_quantizing
     from fourge.planning.tensor_parallel import first_obstacle, working_sizes
@@ -121,7 +123,7 @@ def plan(
     arithmetic = resolve_device(device, compute_dtype, threads)
     facts, source = describe(model, revision, scheme, targets or ["Linear"], ["lm_head"] if ignore is None else ignore)
     length = _resolve_length(facts, max_model_len)
-    request = Request(length, concurrency, gpu_memory_utilization, kv_cache_dtype)
+    request = Request(length, concurrency, gpu_memory_utilization, resolve_kv_cache_dtype(facts, kv_cache_dtype))
     asked = None
     if named is not None:
         asked = smallest_fit(facts, named[0], request) if count is None else fit(facts, named[0], count, request)

@@ -1,6 +1,7 @@
 """What a long run shows: one bar on a terminal, one plain line a step elsewhere; the facts also go to a JSON log."""
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,12 @@ MEGA = 1e6
 def resident_bytes() -> int:
     """Resident memory of this process now, in bytes."""
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident memory this process ever had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def format_seconds(seconds: float) -> str:

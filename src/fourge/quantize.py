@@ -1,7 +1,5 @@
 """`fourge quantize`: a BF16 checkpoint becomes an NVFP4 one, one decoder layer at a time, safe to kill."""
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fourge.settings import ComputeDtype, QuantizeSettings, Scheme
+from fourge.progress import peak_resident_bytes
+from fourge.recipes import DEFAULT as DEFAULT_RECIPE
+from fourge.recipes import RecipeName, resolve
+from fourge.settings import ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
 
 DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
+_FEWEST_VALIDATION_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,19 @@ def quantize(
     *,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     scheme: Annotated[Scheme, typer.Option(help="NVFP4 is W4A4; NVFP4A16 quantizes weights only.")] = "NVFP4",
+    kv_cache_scheme: Annotated[
+        KvCacheScheme | None, typer.Option(help="fp8: calibrate scales for a KV cache of one byte a value.")
+    ] = None,
+    recipe: Annotated[
+        RecipeName | None, typer.Option(help=f"How much care to take [default: {DEFAULT_RECIPE}, unless --method].")
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="max, search, gptq or replay: how weights and scales are chosen.")
-    ] = "max",
+        str | None, typer.Option(help="max, search, gptq or replay: how weights and scales are chosen.")
+    ] = None,
+    smooth: Annotated[
+        bool | None,
+        typer.Option(help="Fold powers of two into norms, up_proj and v_proj where validation text gains by it."),
+    ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Modules to quantize [default: Linear].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave [default: lm_head].")] = None,
     calibration: Annotated[
@@ -49,6 +61,14 @@ def quantize(
     ] = None,
     probe: Annotated[str | None, typer.Option(help="Held-out text, if not from the calibration's source.")] = None,
     num_calibration_samples: Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")] = 512,
+    num_validation_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Sequences that decide what is kept [default: an eighth of the calibration's, at least 8, with "
+            "smoothing; else 0].",
+        ),
+    ] = None,
     num_probe_samples: Annotated[int, typer.Option(min=0, help="Held-out sequences, only reported.")] = 32,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence, at most.")] = 2048,
     seed: Annotated[int, typer.Option(help="For the choice of samples, and for sampling.")] = 0,
@@ -77,16 +97,21 @@ def quantize(
 
     began = time.monotonic()
     output = Path(output)  # a script may well give a string
+    calibration = calibration or (DEFAULT_CALIBRATION if scheme == "NVFP4" else "none")
+    chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
     settings = QuantizeSettings(
         model=model,
         revision=revision,
         scheme=scheme,
-        method=method,
+        kv_cache_scheme=kv_cache_scheme,
+        method=chosen.method,
+        smooth=chosen.smooth,
         targets=tuple(targets or ["Linear"]),
         ignore=tuple(["lm_head"] if ignore is None else ignore),
-        calibration=calibration or (DEFAULT_CALIBRATION if scheme == "NVFP4" else "none"),
+        calibration=calibration,
         probe=probe,
         num_calibration_samples=num_calibration_samples,
+        num_validation_samples=_validation_samples(num_validation_samples, num_calibration_samples, chosen.smooth),
         num_probe_samples=num_probe_samples,
         max_seq_length=max_seq_length,
         seed=seed,
@@ -113,7 +138,7 @@ def quantize(
     )
 
 
-def peak_resident_bytes() -> int:
-    """The largest resident memory this process ever had, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _validation_samples(asked: int | None, num_calibration_samples: int, something_to_decide: bool) -> int:
+    if asked is not None:
+        return asked
+    return max(_FEWEST_VALIDATION_SAMPLES, num_calibration_samples // 8) if something_to_decide else 0

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Scheme = Literal["NVFP4", "NVFP4A16"]
+KvCacheScheme = Literal["fp8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 FREE_ON_CONTINUATION: Mapping[str, str] = {
@@ -23,12 +24,15 @@ class QuantizeSettings:
     model: str
     revision: str | None
     scheme: Scheme
+    kv_cache_scheme: KvCacheScheme | None
     method: str
+    smooth: bool
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     calibration: str
     probe: str | None
     num_calibration_samples: int
+    num_validation_samples: int
     num_probe_samples: int
     max_seq_length: int
     seed: int

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from fourge.checkpoint.reader import Checkpoint
     from fourge.checks.config import Quantization
     from fourge.checks.deep import DeepResult
+    from fourge.walk.job import Manifest
 
 CHECKS = (
-    *("files", "digests", "config", "tensors", "tensor_parallel", "scales", "fused_groups"),
+    *("files", "digests", "provenance", "config", "tensors", "tensor_parallel", "scales", "fused_groups"),
     *("sidecars", "source_config", "unquantized", "dequantized", "deep"),
 )
-"""The names of all checks, in the order of the report."""
+"""The names of all checks, in the order of the report. A last one, "signature", is made where a key is named."""
 _NEED_SOURCE = ("sidecars", "source_config", "unquantized", "dequantized")
 _DEEP_NEEDS = ("tensors", "scales", "fused_groups")
 
@@ -56,6 +57,13 @@ def verify(
     num_probe_samples: Annotated[int, typer.Option(min=1, help="Sequences from --probe.")] = 8,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence from --probe, at most.")] = 512,
     seed: Annotated[int, typer.Option(help="For the choice of sequences from --probe.")] = 0,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Check the OpenSSF signature: the signer's public key, PEM.")
+    ] = None,
+    certificate_chain: Annotated[
+        list[Path] | None, typer.Option(help="Likewise: certificates that are trusted, PEM; may be repeated.")
+    ] = None,
+    signature: Annotated[Path | None, typer.Option(help="The signature's file [default: OUT/model.sig].")] = None,
     device: Annotated[str, typer.Option(help="For --deep: cpu, cuda or cuda:N; auto takes a GPU if any.")] = "auto",
     compute_dtype: Annotated[
         ComputeDtype, typer.Option(help="For --deep; auto is float32 on a CPU, bfloat16 on a GPU.")
@@ -70,17 +78,26 @@ def verify(
     import torch
 
     from fourge.checks.files import require_quantized
+    from fourge.checks.signature import check_signature
     from fourge.walk.device import resolve_device
 
     output = Path(output)  # a script may well give a string
     if deep and source is None:
         raise InputError("--deep compares with the source: name it with --source")
+    if signature is not None and public_key is None and not certificate_chain:
+        raise InputError("--signature: whose? Name the signer's --public-key, or --certificate-chain")
+    if public_key is not None and certificate_chain:
+        raise InputError("--public-key and --certificate-chain: name one of them, as it was signed")
     require_quantized(output)
+    signed = None
+    if public_key is not None or certificate_chain:
+        signed = check_signature(output, signature, public_key, certificate_chain or [])
     arithmetic = resolve_device(device, compute_dtype, threads)
     torch.set_num_threads(arithmetic.pop("threads"))
     options = DeepOptions(probe, num_probe_samples, max_seq_length, seed, **arithmetic) if deep else None
     verification = _Verification(output, None if source is None else _open_source(source), options)
     verification.run()
+    verification.add([] if signed is None else [signed])
     return verification.report()
 
 
@@ -107,6 +124,7 @@ class _Verification:
     def run(self) -> None:
         from fourge.checks.config import check_config
         from fourge.checks.files import check_digests, check_files, read_job
+        from fourge.checks.provenance import check_provenance
 
         manifest, damage = read_job(self.output)
         probe = None
@@ -114,40 +132,51 @@ class _Verification:
             # Before the long checks: what is wrong with the tokens is for the user to mend.
             probe = choose_probe(self.output, self.source, manifest, self.options)
         files, checkpoint = check_files(self.output, manifest, damage)
-        self._add([files, check_digests(self.output, manifest)])
+        self.add([files, check_digests(self.output, manifest)])
         if checkpoint is None:
             return
+        self.add([check_provenance(checkpoint, manifest, self.source)])
         config, quantization = check_config(checkpoint.config)
-        self._add([config])
+        self.add([config])
         if self.source is not None:
             from fourge.checks.source import check_sidecars, check_source_config
 
-            self._add([check_sidecars(checkpoint, self.source), check_source_config(checkpoint, self.source)])
+            self.add([check_sidecars(checkpoint, self.source), check_source_config(checkpoint, self.source)])
         if quantization is not None:
-            self._look_inside(checkpoint, quantization, probe)
+            self._look_inside(checkpoint, quantization, manifest, probe)
 
-    def _look_inside(self, checkpoint: "Checkpoint", quantization: "Quantization", probe: Probe | None) -> None:
+    def _look_inside(
+        self,
+        checkpoint: "Checkpoint",
+        quantization: "Quantization",
+        manifest: "Manifest | None",
+        probe: Probe | None,
+    ) -> None:
         """The checks that need to know what should be there."""
         from fourge.checkpoint.architecture import find_architecture
         from fourge.checks.deep import walk_deep
         from fourge.checks.expected import expect
+        from fourge.checks.folded import FoldedSource, recorded_scalings
         from fourge.checks.structure import check_tensor_parallel, check_tensors
         from fourge.checks.sweep import Sweep
 
         expected = expect(checkpoint.directory, find_architecture(checkpoint.config), quantization)
         tensors, sound = check_tensors(checkpoint, expected)
-        self._add([tensors, check_tensor_parallel(expected)])
-        self._add(Sweep(checkpoint, self.source, expected, sound).run())
+        self.add([tensors, check_tensor_parallel(expected)])
+        scalings, damage = recorded_scalings(manifest, self.output, expected)
+        folded = None if self.source is None else FoldedSource.of(self.source, scalings)
+        self.add(Sweep(checkpoint, folded, expected, sound, damage).run())
         walkable = all(self.checks[name].status == "passed" for name in _DEEP_NEEDS)
         if self.source is not None and self.options is not None and probe is not None and walkable:
             self.deep = walk_deep(checkpoint, self.source, expected, probe, self.options)
-            self._add([self.deep.check])
+            self.add([self.deep.check])
 
-    def _add(self, checks: Iterable[Check]) -> None:
+    def add(self, checks: Iterable[Check]) -> None:
         self.checks |= {check.name: check for check in checks}
 
     def report(self) -> VerifyReport:
-        checks = tuple(self.checks.get(name) or skipped(name, self._why_skipped(name)) for name in CHECKS)
+        names = (*CHECKS, *(name for name in self.checks if name not in CHECKS))
+        checks = tuple(self.checks.get(name) or skipped(name, self._why_skipped(name)) for name in names)
         return VerifyReport(
             output=self.output,
             passed=all(check.status != "failed" for check in checks),

@@ -16,7 +16,7 @@ from fourge.checks.expected import expect
 from fourge.checks.report import conclude
 from fourge.checks.source import allowed_error
 from fourge.checks.structure import check_tensor_parallel
-from fourge.walk.head import Fidelity
+from fourge.walk.head import Fidelity, KlHistogram
 from fourge.walk.statistics import Estimate
 from fourge.walk.weight_error import RelativeError
 
@@ -118,7 +118,7 @@ def test_what_adds_to_the_files_is_said_to_be_unknown(key: str) -> None:
 
 def fidelity(kl_div: float) -> Fidelity:
     estimate = Estimate(kl_div, 0.01, 100)
-    return Fidelity(estimate, estimate, estimate, estimate, estimate)
+    return Fidelity(estimate, estimate, estimate, estimate, estimate, KlHistogram(0, [100]))
 
 
 @pytest.mark.parametrize(

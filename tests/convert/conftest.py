@@ -23,9 +23,9 @@ def quantized(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         key = json.dumps([architecture, scheme, ignore, changes], sort_keys=True)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("quantized") / "out"
-            data = {"calibration": "none"}
+            data = {"method": "max", "calibration": "none"}
             if scheme == "NVFP4":
-                data = {"calibration": "random", "num_calibration_samples": 3, "num_probe_samples": 1}
+                data |= {"calibration": "random", "num_calibration_samples": 3, "num_probe_samples": 1}
             source = pico(architecture, **changes)
             fourge.quantize(str(source), made[key], scheme=scheme, ignore=ignore, max_seq_length=12, threads=1, **data)
         return made[key]

@@ -105,7 +105,7 @@ def test_a_parent_that_is_a_file(ours: Path, tmp_path: Path) -> None:
         ({"quant_algo": "MIXED_PRECISION"}, "quant_algo is 'MIXED_PRECISION'"),
         ({"quant_algo": None}, "quant_algo is None"),
         ({"group_size": 32}, "group_size is 32, NVFP4 has 16"),
-        ({"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8'"),
+        ({"kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo is 'NVFP4', known is FP8"),
         ({"exclude_modules": "lm_head"}, "exclude_modules is not a list"),
     ],
 )
@@ -132,7 +132,7 @@ def test_nvidias_config_is_missing(nvidias: Path, refuse: Callable[..., str]) ->
     [
         (lambda config: config.update(quant_method="gptq"), "quant_method is 'gptq'"),
         (lambda config: config.update(format="pack-quantized"), "format is 'pack-quantized'"),
-        (lambda config: config.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is set"),
+        (lambda config: config.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme.strategy is None"),
         (lambda config: config.pop("config_groups"), "config_groups"),
     ],
 )

@@ -25,6 +25,7 @@ def test_json(ours: Path, tmp_path: Path) -> None:
         "source_layout": "compressed-tensors",
         "layout": "modelopt",
         "scheme": "NVFP4",
+        "kv_cache_scheme": None,
         "quantized_linears": 14,
         "global_scales": 28,
         "kept_scales": len(json.loads((tmp_path / "out" / "fourge_convert.json").read_text())["scales"]),

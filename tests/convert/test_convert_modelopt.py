@@ -50,6 +50,7 @@ def pair(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
             str(model),
             folder / "quantized",
             scheme=scheme,  # type: ignore[arg-type]
+            method="max",
             calibration="random",
             num_calibration_samples=6,
             num_probe_samples=1,

@@ -101,6 +101,7 @@ def test_without_what_was_kept_the_scales_are_the_nearest(ours: Path, tmp_path: 
     set_scales(ours, "global_scale", 1999.9998)
     fourge.convert(str(ours), tmp_path / "there", layout="modelopt")
     (tmp_path / "there" / "fourge_convert.json").unlink()
+    (tmp_path / "there" / "fourge.json").unlink()
     result = fourge.convert(str(tmp_path / "there"), tmp_path / "back", layout="compressed-tensors")
     assert not result.restored
     stored, back = read(ours), read(tmp_path / "back")

@@ -37,6 +37,7 @@ def keys(sequences: Iterable[Any]) -> list[tuple[int, ...]]:
     return [tuple(sequence.tolist()) for sequence in sequences]
 
 
+ROLES = ("calibration", "validation", "probe")
 DISTINCT = [f"w{i} w{i}" for i in range(60)]
 
 few_words = st.lists(st.integers(0, 2), max_size=3).map(lambda numbers: " ".join(f"w{i}" for i in numbers))
@@ -45,26 +46,29 @@ few_words = st.lists(st.integers(0, 2), max_size=3).map(lambda numbers: " ".join
 @settings(max_examples=150, deadline=None)
 @given(
     texts=st.lists(few_words, min_size=1, max_size=25),
-    asked=st.tuples(st.integers(1, 8), st.integers(0, 8)),
+    asked=st.tuples(st.integers(1, 8), st.integers(0, 4), st.integers(0, 8)),
     seed=st.integers(0, 2**64),
     length=st.integers(2, 5),
 )
 def test_nothing_is_taken_twice_and_everything_usable_can_be(
-    load: Load, folder: Path, texts: list[str], asked: tuple[int, int], seed: int, length: int
+    load: Load, folder: Path, texts: list[str], asked: tuple[int, int, int], seed: int, length: int
 ) -> None:
     path = write_texts(folder / "few.jsonl", texts)
     # The vocabulary starts with <unk> <s> </s> <user> <assistant>; the model adds <s>, and nothing to no text.
     usable = {(1, *(5 + int(word[1:]) for word in text.split()))[:length] for text in texts if text}
-    sizes = {"num_calibration_samples": asked[0], "num_probe_samples": asked[1], "max_seq_length": length}
+    sizes = {f"num_{role}_samples": count for role, count in zip(ROLES, asked, strict=True)} | {
+        "max_seq_length": length
+    }
     if len(usable) < sum(asked):
         with pytest.raises(InputError, match=f"has {len(usable)} usable records"):
             load(path, seed=seed, **sizes)
         return
     sets = load(path, seed=seed, **sizes)
-    calibration, probe = keys(sets.calibration.sequences), keys(sets.probe.sequences)
-    assert (len(calibration), len(probe)) == asked
-    assert len({*calibration, *probe}) == sum(asked)
-    assert {*calibration, *probe} <= usable
+    taken = [keys(getattr(sets, role).sequences) for role in ROLES]
+    assert tuple(map(len, taken)) == asked
+    together = {sequence for sequences in taken for sequence in sequences}
+    assert len(together) == sum(asked)
+    assert together <= usable
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,6 +146,29 @@ def test_more_calibration_adds_to_it_and_leaves_the_probe(load: Load, tmp_path: 
     assert many.probe.digest() == few.probe.digest()
     assert keys(more_probe.probe.sequences)[:7] == keys(few.probe.sequences)
     assert more_probe.calibration.digest() == few.calibration.digest()
+
+
+@pytest.mark.parametrize("source", ["records", "random"])
+def test_validation_leaves_the_other_sets_as_they_were(load: Load, tmp_path: Path, source: str) -> None:
+    """And the probe leaves validation as it was: what chooses does not depend on what is reported."""
+    path: object = source if source == "random" else write_texts(tmp_path / "a.jsonl", DISTINCT)
+    without = load(path, num_calibration_samples=5, num_probe_samples=7)
+    sets = load(path, num_calibration_samples=5, num_validation_samples=6, num_probe_samples=7)
+    assert sets.calibration.digest() == without.calibration.digest()
+    assert sets.probe.digest() == without.probe.digest()
+    other_probe = load(path, num_calibration_samples=5, num_validation_samples=6, num_probe_samples=2)
+    assert other_probe.validation.digest() == sets.validation.digest()
+    assert sets.provenance["validation"]["sequences"] == 6
+
+
+def test_the_probe_leaves_out_what_validation_has(load: Load, tmp_path: Path) -> None:
+    """A probe source of its own that holds the same records: all are distinct, so what is left is known."""
+    path = write_texts(tmp_path / "a.jsonl", DISTINCT[:10])
+    sizes = {"num_calibration_samples": 2, "num_validation_samples": 3}
+    sets = load(path, num_probe_samples=5, probe_source=str(path), **sizes)
+    assert len({*keys(sets.calibration.sequences), *keys(sets.validation.sequences), *keys(sets.probe.sequences)}) == 10
+    with pytest.raises(InputError, match=r"2 in calibration, 3 in validation"):
+        load(path, num_probe_samples=6, probe_source=str(path), **sizes)
 
 
 def test_naming_the_same_source_for_the_probe_holds_out_the_same_records(load: Load, tmp_path: Path) -> None:

@@ -212,5 +212,5 @@ def test_records_that_say_nothing_are_skipped_and_counted(load: Load, tmp_path: 
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in [nothing, {"text": "w1"}, nothing]))
     assert load(path).calibration.num_tokens == 2
-    with pytest.raises(InputError, match=r"has 1 usable records \(2 too short\); asked for 2 calibration and 0 probe"):
+    with pytest.raises(InputError, match=r"has 1 usable records \(2 too short\); asked for 2 calibration: lower"):
         load(path, num_calibration_samples=2)

@@ -22,7 +22,9 @@ def token_set(*sequences: list[int]) -> TokenSet:
 
 @pytest.fixture
 def sets(request_for: Callable[..., DataRequest], tmp_path: Path) -> TokenSets:
-    request = request_for("random", num_calibration_samples=3, num_probe_samples=2, max_seq_length=5)
+    request = request_for(
+        "random", num_calibration_samples=3, num_validation_samples=4, num_probe_samples=2, max_seq_length=5
+    )
     return load_token_sets(request, tmp_path, 1000, None)
 
 
@@ -41,7 +43,7 @@ def test_the_digest_changes_with_tokens_order_and_cuts() -> None:
 
 
 def test_saved_and_read_again(sets: TokenSets, tmp_path: Path) -> None:
-    uneven = TokenSets(token_set([1, 2, 3], [4, 5]), sets.probe, sets.provenance)
+    uneven = TokenSets(token_set([1, 2, 3], [4, 5]), sets.validation, sets.probe, sets.provenance)
     uneven.provenance["calibration"]["sha256"] = uneven.calibration.digest()
     path = tmp_path / "tokens.safetensors"
     save_token_sets(path, uneven)
@@ -59,6 +61,8 @@ def test_a_file_of_flat_tokens_and_lengths_that_safetensors_reads(sets: TokenSet
     assert {name: (array.dtype.name, array.shape) for name, array in arrays.items()} == {
         "calibration.tokens": ("int32", (15,)),
         "calibration.lengths": ("int32", (3,)),
+        "validation.tokens": ("int32", (20,)),
+        "validation.lengths": ("int32", (4,)),
         "probe.tokens": ("int32", (10,)),
         "probe.lengths": ("int32", (2,)),
     }

@@ -27,7 +27,7 @@ def tensor_bytes(directory: Path) -> int:
 
 def quantize(source: Path, output: Path, **options: Any) -> Path:
     settings = {"calibration": "random", "num_calibration_samples": 3, "num_probe_samples": 2, "max_seq_length": 16}
-    fourge.quantize(str(source), output, threads=1, device="cpu", **settings | options)
+    fourge.quantize(str(source), output, method="max", threads=1, device="cpu", **settings | options)
     return output
 
 

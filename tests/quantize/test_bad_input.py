@@ -17,7 +17,7 @@ import fourge.walk.resources
 from fourge.cli import app
 
 SMALL = ["--calibration", "random", "--num-calibration-samples", "3", "--num-probe-samples", "2"]
-SMALL += ["--max-seq-length", "12", "--threads", "1"]
+SMALL += ["--max-seq-length", "12", "--threads", "1", "--method", "max"]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import fourge
+from fourge.data import read_token_sets
 from fourge.errors import InputError
 from fourge.methods import METHODS
 
@@ -29,14 +30,73 @@ def events(output: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_probe_decides_nothing(method: str, pico: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_probe_decides_nothing(method: str, smooth: bool, pico: Callable[..., Path], tmp_path: Path) -> None:
     """Another probe, a longer one, none at all: the same calibration gives the same bytes."""
     outputs = [tmp_path / str(probes) for probes in (0, 2, 7)]
     for output in outputs:
-        probes = int(output.name)
-        fourge.quantize(str(pico()), output, method=method, **(OPTIONS | {"num_probe_samples": probes}))
+        options = OPTIONS | {"num_probe_samples": int(output.name), "smooth": smooth}
+        fourge.quantize(str(pico()), output, method=method, **options)
     assert shards(outputs[0]) == shards(outputs[1]) == shards(outputs[2])
+
+
+def test_a_probe_from_elsewhere_decides_nothing(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """Other tokens, as many: all that differs between the two runs is what is reported."""
+    text = tmp_path / "probe.txt"
+    text.write_text(" ".join(f"w{i}" for i in range(64)))
+    results = [
+        fourge.quantize(str(pico()), tmp_path / name, method="gptq", smooth=True, probe=probe, **OPTIONS)
+        for name, probe in (("random", None), ("text", str(text)))
+    ]
+    assert results[0].fidelity != results[1].fidelity
+    assert shards(tmp_path / "random") == shards(tmp_path / "text")
+
+
+def test_validation_decides(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """Other validation tokens, the same calibration: what is kept is judged by other numbers."""
+    errors = []
+    for count in (1, 20):
+        output = tmp_path / str(count)
+        fourge.quantize(str(pico()), output, smooth=True, num_validation_samples=count, **OPTIONS)
+        steps = json.loads((output / ".fourge" / "job.json").read_text())["steps"]
+        errors.append([entry["validation_error"] for entry in steps[1]["measures"]["smoothing"].values()])
+    assert errors[0] != errors[1]
+
+
+@pytest.mark.parametrize("method", ["max", "gptq"])
+def test_smoothing_brings_the_model_closer_to_bf16(method: str, pico: Callable[..., Path], tmp_path: Path) -> None:
+    errors = {}
+    for smooth in (False, True):
+        settings = OPTIONS | {"num_calibration_samples": 100, "num_probe_samples": 50, "max_seq_length": 24}
+        fourge.quantize(str(pico()), tmp_path / str(smooth), method=method, smooth=smooth, **settings)
+        steps = json.loads((tmp_path / str(smooth) / ".fourge" / "job.json").read_text())["steps"]
+        errors[smooth] = steps[2]["measures"]["hidden_error"]["mean"]
+    assert errors[True] < 0.95 * errors[False]
+
+
+def test_smoothing_without_what_decides_is_refused(pico: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--num-validation-samples 0"):
+        fourge.quantize(str(pico()), tmp_path / "out", smooth=True, num_validation_samples=0, **OPTIONS)
+    with pytest.raises(InputError, match="--smooth needs data"):
+        fourge.quantize(str(pico()), tmp_path / "out", smooth=True, scheme="NVFP4A16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_tokens_are_set_aside_where_something_is_decided(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """An eighth of the calibration's, at least 8; none otherwise, and as many as asked for."""
+    given: list[tuple[dict[str, Any], int]] = [
+        ({"method": "max"}, 0),
+        ({}, 8),  # the default recipe smooths
+        ({"smooth": True}, 8),
+        ({"smooth": True, "num_calibration_samples": 100}, 12),
+        ({"method": "max", "num_validation_samples": 3}, 3),
+    ]
+    for i, (options, expected) in enumerate(given):
+        fourge.quantize(str(pico()), tmp_path / str(i), **(OPTIONS | options))
+        assert (
+            len(read_token_sets(tmp_path / str(i) / ".fourge" / "tokens.safetensors").validation.sequences) == expected
+        )
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])

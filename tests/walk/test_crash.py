@@ -36,11 +36,20 @@ class Zygote:
             stderr=subprocess.DEVNULL,
         )
 
-    def quantize(self, model: Path, output: Path, method: str = "max", **request: Any) -> dict[str, Any]:
+    def quantize(
+        self,
+        model: Path,
+        output: Path,
+        method: str = "max",
+        kv_cache_scheme: str | None = None,
+        smooth: bool = False,
+        **request: Any,
+    ) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         # The methods along the curvature want more tokens than a layer has columns (96), or they fall back.
         samples = {} if method == "max" else {"num_calibration_samples": 12}
-        request |= {"model": str(model), "output": str(output), "options": OPTIONS | {"method": method} | samples}
+        options = OPTIONS | {"method": method, "kv_cache_scheme": kv_cache_scheme, "smooth": smooth} | samples
+        request |= {"model": str(model), "output": str(output), "options": options}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
@@ -129,4 +138,27 @@ def test_every_method_continues_to_the_same_bytes(
     for point in range(20, operations, operations // 6):
         zygote.quantize(pico(), output, method, kill_before=point)
     assert zygote.quantize(pico(), output, method)["killed_by"] is None
+    require_same(output, reference)
+
+
+def test_scales_of_the_kv_cache_come_out_the_same(zygote: Zygote, pico: Callable[..., Path], tmp_path: Path) -> None:
+    reference = tmp_path / "whole"
+    operations = zygote.quantize(pico(), reference, kv_cache_scheme="fp8")["operations"]
+    output = tmp_path / "killed"
+    for point in range(20, operations, operations // 6):
+        zygote.quantize(pico(), output, kv_cache_scheme="fp8", kill_before=point)
+    assert zygote.quantize(pico(), output, kv_cache_scheme="fp8")["killed_by"] is None
+    require_same(output, reference)
+
+
+def test_smoothing_decides_the_same_again(zygote: Zygote, pico: Callable[..., Path], tmp_path: Path) -> None:
+    """With GPTQ and an FP8 cache behind it: both look at the folded tensors."""
+    choices: dict[str, Any] = {"method": "gptq", "smooth": True, "kv_cache_scheme": "fp8"}
+    reference = tmp_path / "whole"
+    operations = zygote.quantize(pico(), reference, **choices)["operations"]
+    assert b'"kept": true' in contents(reference)[".fourge/job.json"]
+    output = tmp_path / "killed"
+    for point in range(20, operations, operations // 6):
+        zygote.quantize(pico(), output, kill_before=point, **choices)
+    assert zygote.quantize(pico(), output, **choices)["killed_by"] is None
     require_same(output, reference)

@@ -15,6 +15,7 @@ from fourge.errors import InputError
 from fourge.walk.job import FOLDER, INDEX, Job
 
 OPTIONS: dict[str, Any] = {
+    "method": "max",
     "calibration": "random",
     "num_calibration_samples": 3,
     "num_probe_samples": 2,

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fourge
-from fourge.checkpoint.compressed_tensors import QuantizedLinear
+from fourge.checkpoint.compressed_tensors import KvScales, QuantizedLinear
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.source import locate
 from fourge.data.tokens import read_token_sets
 from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight
 from fourge.walk.hidden import HiddenFile
+from fourge.walk.lanes import quantized_layer
 from fourge.walk.layer import LaneLayer, fill
 from fourge.walk.model import describe_model
-from fourge.walk.steps import quantized_layer
 from fourge.walk.streams import lay_out
 from fourge.walk.walk import Walk
 
@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CPU = torch.device("cpu")
 SETS: dict[str, Any] = {
+    "method": "max",
     "calibration": "random",
     "num_calibration_samples": 4,
     "num_probe_samples": 3,
@@ -79,7 +80,8 @@ def walk_lane(
             kept = {
                 n.removeprefix(prefix): source.read(n) for n in names if n[: -len(".weight")] not in layout.quantized
             }
-            lane = quantized_layer(walk, layout, layer, kept, read_linears(quantized, prefix))
+            linears, kv_scales = read_linears(quantized, prefix), read_kv_scales(quantized, prefix)
+            lane = quantized_layer(walk, layout, layer, kept, linears, kv_scales=kv_scales)
         with (
             HiddenFile(folder / str(layer), walk.hidden_layout, create=False) as before,
             HiddenFile(folder / str(layer + 1), walk.hidden_layout, create=True) as after,
@@ -102,7 +104,7 @@ def read_linears(checkpoint: Path, prefix: str) -> dict[str, QuantizedLinear]:
     stored: dict[str, dict[str, torch.Tensor]] = {}
     for shard in checkpoint.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():
-            if name.startswith(prefix) and not name.endswith((".weight", ".bias")):
+            if name.startswith(prefix) and not name.endswith((".weight", ".bias", ".k_scale", ".v_scale")):
                 linear, _, part = name.removeprefix(prefix).rpartition(".")
                 stored.setdefault(linear, {})[part] = tensor
     return {
@@ -112,6 +114,13 @@ def read_linears(checkpoint: Path, prefix: str) -> dict[str, QuantizedLinear]:
         )
         for linear, parts in stored.items()
     }
+
+
+def read_kv_scales(checkpoint: Path, prefix: str) -> KvScales | None:
+    """The scales of a layer's KV cache, where it has some, likewise."""
+    stored = {name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    names = [f"{prefix}self_attn.{name}" for name in ("k_scale", "v_scale")]
+    return KvScales(*(stored[name] for name in names)) if names[0] in stored else None
 
 
 def transformers_logits(model: Any) -> dict[bytes, torch.Tensor]:

@@ -14,9 +14,13 @@ from fourge.errors import InputError
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears of one decoder layer that read one input; names are relative to the layer."""
+    """Linears of one decoder layer that read one input; names are relative to the layer.
+
+    `fed_by` is the norm, or the Linear, to whose output channels the input's are proportional.
+    """
 
     linears: tuple[str, ...]
+    fed_by: str
 
     @property
     def name(self) -> str:
@@ -36,6 +40,8 @@ class Architecture:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    attention: str = "self_attn"
+    """The module that fills the KV cache, relative to the layer."""
 
     def layer_prefix(self, layer: int) -> str:
         """`model.layers.7.` for layer 7."""
@@ -48,10 +54,10 @@ class Architecture:
 
 
 _GATED_MLP_DECODER = (
-    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    LinearGroup(("self_attn.o_proj",)),
-    LinearGroup(("mlp.gate_proj", "mlp.up_proj")),
-    LinearGroup(("mlp.down_proj",)),
+    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj"),
+    LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    LinearGroup(("mlp.down_proj",), "mlp.up_proj"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 
 FORMAT = "nvfp4-pack-quantized"
 FORMAT_VERSION = "0.20.0"
@@ -28,6 +28,14 @@ class QuantizedLinear:
 
     weight: QuantizedWeight
     input_global_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class KvScales:
+    """A layer's scales of the KV cache, both FP32 `[1]`: multipliers, `x ≈ e4m3 · scale`."""
+
+    k: Tensor
+    v: Tensor
 
 
 def tensor_names(linear: str, scheme: Scheme) -> tuple[str, ...]:
@@ -62,6 +70,29 @@ def tensors(linear: str, quantized: QuantizedLinear) -> dict[str, Tensor]:
     return entries
 
 
+def kv_scale_specs(attention: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → (safetensors dtype, shape) of what an FP8 KV cache adds to the module `attention`.
+
+    FP32, as engines hold them and NVIDIA writes them. llm-compressor stores the model's own dtype, and so rounds.
+    """
+    return {f"{attention}.k_scale": ("F32", (1,)), f"{attention}.v_scale": ("F32", (1,))}
+
+
+def kv_scale_tensors(attention: str, scales: KvScales) -> dict[str, Tensor]:
+    """The tensors of `kv_scale_specs`."""
+    return {f"{attention}.k_scale": scales.k, f"{attention}.v_scale": scales.v}
+
+
+KV_CACHE_FP8: Mapping[str, Any] = {
+    "dynamic": False,
+    "num_bits": 8,
+    "strategy": "tensor",
+    "symmetric": True,
+    "type": "float",
+}
+"""`kv_cache_scheme` of an FP8 cache with one calibrated scale a tensor; engines look at each of these keys."""
+
+
 def _arguments(**own: Any) -> dict[str, Any]:
     return {
         "group_size": GROUP_SIZE,
@@ -73,7 +104,7 @@ def _arguments(**own: Any) -> dict[str, Any]:
     } | own
 
 
-def quantization_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
+def quantization_config(scheme: Scheme, ignore: Iterable[str], kv_cache_scheme: KvCacheScheme | None) -> dict[str, Any]:
     """`quantization_config` for one group of Linears; `ignore` names every Linear that stays as it is."""
     group: dict[str, Any] = {
         "format": FORMAT,
@@ -87,7 +118,7 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]
         "format": FORMAT,
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache_scheme is None else dict(KV_CACHE_FP8),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "sparsity_config": {},
@@ -96,6 +127,8 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]
     }
 
 
-def with_quantization(config: Mapping[str, Any], scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
+def with_quantization(
+    config: Mapping[str, Any], scheme: Scheme, ignore: Iterable[str], kv_cache_scheme: KvCacheScheme | None
+) -> dict[str, Any]:
     """The source's `config.json` with `quantization_config` added and nothing else changed."""
-    return {**config, "quantization_config": quantization_config(scheme, ignore)}
+    return {**config, "quantization_config": quantization_config(scheme, ignore, kv_cache_scheme)}

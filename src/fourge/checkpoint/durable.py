@@ -27,9 +27,14 @@ def replace_durably(temporary: Path, final: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Replaces `path` durably by `content` as JSON: keys sorted, indented by 2, newline at the end."""
+    """Replaces `path` durably by `content` as JSON; see `json_text`."""
     with replaced(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content), encoding="utf-8")
+
+
+def json_text(content: object) -> str:
+    """The text that `write_json` writes: keys sorted, indented by 2, newline at the end."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -10,8 +10,18 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+CARD = "README.md"
+PROVENANCE = "fourge.json"
+PAGE = "fourge.html"
+SIGNATURE = "model.sig"
+SBOM = "fourge.cdx.json"
+
+CARD_MARKER = "<!-- fourge:card -->"
+"""In a `CARD` that `fourge card` wrote, so that it is told from the source's."""
+
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _OTHER_WEIGHTS = frozenset({".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"})
+_ABOUT_ONE_DIRECTORY = frozenset({PROVENANCE, PAGE, SIGNATURE, SBOM})
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
@@ -46,18 +56,25 @@ def _is_hub_blob(root: Path, target: Path) -> bool:
     return target.is_relative_to(shared) and bool(_SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix()))
 
 
+def has_own_card(directory: Path) -> bool:
+    """Whether the directory's `README.md` is one that `fourge card` wrote."""
+    path = directory / CARD
+    return path.is_file() and CARD_MARKER in path.read_text(encoding="utf-8", errors="replace")
+
+
 def list_sidecars(directory: Path) -> list[Path]:
     """Every file that an output takes over as it is: tokenizer, chat template, generation config, licence, …
 
-    Not among them: weights in any format, their indexes, `config.json`, hidden files, folders. Sorted by
-    name. Raises InputError for a file that `regular_file` refuses.
+    Not among them: weights in any format, their indexes, `config.json`, hidden files, folders, and what says where
+    this very directory comes from (provenance, signature, bill of materials, page). Sorted by name. Raises
+    InputError for a file that `regular_file` refuses.
     """
     names = sorted(path.name for path in directory.iterdir() if not path.is_dir())
     return [regular_file(directory, name) for name in names if _is_sidecar(name)]
 
 
 def _is_sidecar(name: str) -> bool:
-    if name.startswith(".") or name == CONFIG or name.endswith(".index.json"):
+    if name.startswith(".") or name == CONFIG or name.endswith(".index.json") or name in _ABOUT_ONE_DIRECTORY:
         return False
     return Path(name).suffix.lower() not in _PICKLES | _OTHER_WEIGHTS
 

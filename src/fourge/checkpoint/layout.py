@@ -8,7 +8,7 @@ from fourge.checkpoint.architecture import Architecture, LinearGroup
 from fourge.checkpoint.header import TensorInfo
 from fourge.errors import InputError
 from fourge.nvfp4.quantize import GROUP_SIZE
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 
 _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
 
@@ -44,8 +44,16 @@ class Layout:
         prefix = self.architecture.layer_prefix(layer)
         return [g for g in self.architecture.groups if prefix + g.linears[0] in self.quantized]
 
+    def attention(self, layer: int) -> str:
+        """The full name of a layer's attention."""
+        return self.architecture.layer_prefix(layer) + self.architecture.attention
+
     def output_specs(
-        self, step: int, sources: Mapping[str, TensorInfo], scheme: Scheme
+        self,
+        step: int,
+        sources: Mapping[str, TensorInfo],
+        scheme: Scheme,
+        kv_cache_scheme: KvCacheScheme | None = None,
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → (safetensors dtype, shape) of every tensor in the output shard of `step`."""
         specs: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -56,6 +64,8 @@ class Layout:
                 specs |= compressed_tensors.tensor_specs(linear, (rows, columns), scheme)
             else:
                 specs[name] = (sources[name].dtype, sources[name].shape)
+        if kv_cache_scheme is not None and 0 < step <= self.num_layers:
+            specs |= compressed_tensors.kv_scale_specs(self.attention(step - 1))
         return specs
 
 
@@ -73,14 +83,39 @@ def plan_layout(
     `--targets` and `--ignore` leave to be quantized. Raises InputError for a tensor that is missing, not part of
     the model or of another shape, for K not divisible by 16, for a fused group selected in part.
     """
+    layout = source_layout(architecture, num_layers, expected, sources, tied_head, selected)
+    _check_selection(architecture, num_layers, layout.shapes, selected)
+    return layout
+
+
+def source_layout(
+    architecture: Architecture,
+    num_layers: int,
+    expected: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, TensorInfo],
+    tied_head: bool,
+    selected: frozenset[str] = frozenset(),
+) -> Layout:
+    """`plan_layout` for a source that is read and not quantized: `selected` is taken as it is."""
     head = f"{architecture.head}.weight"
     dropped = tuple(name for name in sources if name.endswith(_DROPPED_SUFFIXES) or (tied_head and name == head))
     wanted = {name: shape for name, shape in expected.items() if not (tied_head and name == head)}
     _check_names_and_shapes(wanted, {name: info for name, info in sources.items() if name not in dropped})
+    return cut_layout(architecture, num_layers, wanted, selected, dropped)
+
+
+def cut_layout(
+    architecture: Architecture,
+    num_layers: int,
+    wanted: Mapping[str, tuple[int, ...]],
+    selected: frozenset[str],
+    dropped: tuple[str, ...] = (),
+) -> Layout:
+    """Cuts a model into steps; `wanted` are the shapes of its tensors as a source stores them, tied head left out."""
+    head = f"{architecture.head}.weight"
     linears = [
         architecture.layer_prefix(layer) + linear for layer in range(num_layers) for linear in architecture.linears
     ]
-    _check_selection(architecture, num_layers, wanted, selected)
     kept = tuple(name for name in [*linears, architecture.head] if name not in selected)
     steps = [tuple(name for name in wanted if name.startswith(architecture.embedding + "."))]
     for layer in range(num_layers):

@@ -1,8 +1,9 @@
 """What a conversion would lose, kept beside the converted weights, so that converting back gives the same bytes.
 
-Two things have no place in the other layout: a global scale whose reciprocal does not lead back to it, and how a JSON
-file was worded. Both are found by going back at once and comparing; what comes out the same is not kept. Engines do
-not look at the file, and without it a conversion still works: it then gives the nearest scales and our wording.
+Three things have no place in the other layout: a global scale whose reciprocal does not lead back to it, the dtype and
+shape of a scale where they are not those that we write, and how a JSON file was worded. They are found by going back at
+once and comparing; what comes out the same is not kept. Engines do not look at the file, and without it a conversion
+still works: it then gives the nearest scales and our wording.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fourge.checkpoint.exchange import Content, FileLayout, invert
+from fourge.checkpoint.exchange import Content, FileLayout
 from fourge.checkpoint.folder import regular_file
 from fourge.checkpoint.header import parse_object
 from fourge.errors import InputError
@@ -39,12 +40,10 @@ class WayBack:
     @classmethod
     def find(cls, content: Content, written: Mapping[str, bytes]) -> Self | None:
         """What the way back from the documents `written` to `content` needs; None where it needs nothing."""
-        returned, directory = content.documents_in(content.layout), content.checkpoint.directory
+        returned = content.documents_in(content.layout)
         documents = {name: raw for name, raw in content.documents.items() if returned.get(name) != raw}
         scales = {
-            name: scale
-            for name, scale in content.scales.items()
-            if not _same(_back(name, scale, content.layout, directory), scale)
+            name: scale for name, scale in content.scales.items() if not _same(_back(name, scale, content), scale)
         }
         if not documents and not scales:
             return None
@@ -59,7 +58,8 @@ class WayBack:
         stored = parse_object(path.read_bytes(), str(path))
         try:
             documents = {name: text.encode() for name, text in stored["documents"].items()}
-            scales = {name: _scalar(value) for name, value in stored["scales"].items()}
+            dtypes = stored.get("dtypes", {})
+            scales = {name: _scalar(value, dtypes.get(name, "float32")) for name, value in stored["scales"].items()}
             return cls(stored["layout"], documents, scales, dict(stored["converted"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: damaged ({error!r}); {_without(path)}") from error
@@ -71,6 +71,7 @@ class WayBack:
             "layout": self.layout,
             "documents": {name: raw.decode() for name, raw in self.documents.items()},
             "scales": {name: scale.tolist() for name, scale in self.scales.items()},
+            "dtypes": {name: _dtype(scale) for name, scale in self.scales.items() if _dtype(scale) != "float32"},
             "converted": dict(self.converted),
         }
 
@@ -89,7 +90,7 @@ class WayBack:
         for name, scale in self.scales.items():
             if name not in ours:
                 raise InputError(f"{path}: names {name}, which this checkpoint has not; {_without(path)}")
-            if float(invert(name, scale, content.checkpoint.directory)) != float(content.scales[ours[name]]):
+            if float(content.carry(ours[name], scale)) != float(content.scales[ours[name]]):
                 raise InputError(f"{path}: {ours[name]} was changed since; {_without(path)}")
 
 
@@ -97,20 +98,26 @@ def _without(path: Path) -> str:
     return f"delete {path.name} to convert what is there now"
 
 
-def _scalar(value: object) -> Tensor:
-    scale = torch.tensor(value, dtype=torch.float32)
+def _dtype(scale: Tensor) -> str:
+    return str(scale.dtype).removeprefix("torch.")
+
+
+def _scalar(value: object, dtype: str) -> Tensor:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{dtype} is no dtype of a scale")
+    scale = torch.tensor(value, dtype=getattr(torch, dtype))
     if scale.shape not in ((), (1,)):
         raise ValueError(f"{value} is not one number")
     return scale
 
 
-def _back(name: str, scale: Tensor, layout: FileLayout, directory: Path) -> Tensor:
-    there = invert(name, scale, directory)
-    return invert(name, there, directory).reshape(layout.global_shape)
+def _back(name: str, scale: Tensor, content: Content) -> Tensor:
+    there = content.carry(name, scale)
+    return content.carry(name, there).reshape(content.layout.scalar_shape)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and float(one) == float(other)
+    return one.shape == other.shape and one.dtype == other.dtype and float(one) == float(other)
 
 
 def _sha256(raw: bytes) -> str:

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fourge.checkpoint.compressed_tensors import FORMAT
+from fourge.checkpoint.compressed_tensors import FORMAT, KV_CACHE_FP8
 from fourge.checks.report import Check, conclude
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 
 _FIXED = {"quant_method": "compressed-tensors", "format": FORMAT, "quantization_status": "compressed"}
-_NOT_KNOWN = ("kv_cache_scheme", "transform_config")
 _ARGUMENTS = ("num_bits", "type", "symmetric", "group_size", "strategy", "dynamic")
 
 
@@ -21,6 +20,7 @@ class Quantization:
     scheme: Scheme
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
+    kv_cache_scheme: KvCacheScheme | None
 
 
 def check_config(config: Mapping[str, Any]) -> tuple[Check, Quantization | None]:
@@ -40,8 +40,9 @@ def check_config(config: Mapping[str, Any]) -> tuple[Check, Quantization | None]
     failures = [*_parse_failures(stored), *_fixed_failures(stored)]
     if not failures:
         failures += _scheme_failures(stored, quantization.scheme)
+    kv_cache = "" if quantization.kv_cache_scheme is None else f", KV cache {quantization.kv_cache_scheme}"
     detail = (
-        f"{quantization.scheme}, targets {', '.join(quantization.targets)}, "
+        f"{quantization.scheme}{kv_cache}, targets {', '.join(quantization.targets)}, "
         f"{len(quantization.ignore)} ignored; parsed by compressed-tensors {_library_version()}"
     )
     return conclude("config", detail, failures), quantization
@@ -65,6 +66,8 @@ def _read(stored: Mapping[str, Any]) -> Quantization:
         scheme="NVFP4A16" if group.get("input_activations") is None else "NVFP4",
         targets=_patterns("targets", group.get("targets")),
         ignore=_patterns("ignore", stored.get("ignore") or []),
+        # Of another kind, it is a failure, and what it calls for cannot be told.
+        kv_cache_scheme=None if stored.get("kv_cache_scheme") is None or _kv_cache_difference(stored) else "fp8",
     )
 
 
@@ -101,9 +104,26 @@ def _fixed_failures(stored: Mapping[str, Any]) -> Iterator[str]:
     for key, expected in _FIXED.items():
         if stored.get(key) != expected:
             yield f"{key} is {stored.get(key)!r}, expected {expected!r}"
-    for key in _NOT_KNOWN:
-        if stored.get(key):
-            yield f"{key} is set: what it adds to the files is not known here and cannot be verified"
+    difference = _kv_cache_difference(stored)
+    if difference is not None:
+        yield difference
+    if stored.get("transform_config"):
+        yield "transform_config is set: what it adds to the files is not known here and cannot be verified"
+
+
+def _kv_cache_difference(stored: Mapping[str, Any]) -> str | None:
+    """What keeps `kv_cache_scheme`, where it is set, from being FP8 with one scale a tensor."""
+    scheme = stored.get("kv_cache_scheme")
+    if scheme is None:
+        return None
+    if not isinstance(scheme, dict):
+        return f"kv_cache_scheme is {scheme!r}, expected an object"
+    for key, expected in KV_CACHE_FP8.items():
+        # Absent, `dynamic` is false; the others engines look for.
+        found = scheme.get(key, False if key == "dynamic" else None)
+        if found != expected:
+            return f"kv_cache_scheme.{key} is {found!r}, known is {expected!r} (FP8, one scale a tensor)"
+    return None
 
 
 def _scheme_failures(stored: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:

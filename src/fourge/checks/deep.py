@@ -3,30 +3,26 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fourge.checkpoint.compressed_tensors import QuantizedLinear
 from fourge.checkpoint.layout import Layout, plan_layout
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checks.expected import Expected
 from fourge.checks.probe import DeepOptions, Probe
 from fourge.checks.report import Check, conclude, skipped
 from fourge.errors import InputError
-from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress, format_bytes
-from fourge.settings import Scheme
 from fourge.walk.head import Fidelity
 from fourge.walk.hidden import HiddenFile
+from fourge.walk.lanes import read_layer
 from fourge.walk.layer import LaneLayer
+from fourge.walk.quantized import QuantizedModel
 from fourge.walk.skeleton import Skeleton, load_config
 from fourge.walk.statistics import Estimate
-from fourge.walk.steps import quantized_layer, read_layer
 from fourge.walk.streams import lay_out
 from fourge.walk.walk import Walk
 
@@ -69,7 +65,8 @@ def walk_deep(
         [("probe", "bf16", probe.sequences), ("probe", "nvfp4", probe.sequences)], probe.micro_batch_tokens
     )
     walk = Walk(skeleton, source, streams, getattr(torch, options.compute_dtype), device)
-    return DeepWalk(walk, layout, checkpoint, expected.scheme, probe.recorded).run()
+    quantized = QuantizedModel(checkpoint, layout, expected.scheme, expected.kv_cache_scheme)
+    return DeepWalk(walk, layout, quantized, probe.recorded).run()
 
 
 def _not_walked(why: str) -> DeepResult:
@@ -86,8 +83,7 @@ class DeepWalk:
 
     walk: Walk
     layout: Layout
-    checkpoint: Checkpoint
-    scheme: Scheme
+    quantized: QuantizedModel
     recorded: float | None
 
     def run(self) -> DeepResult:
@@ -143,42 +139,13 @@ class DeepWalk:
         with LaneLayer(self.walk.skeleton, layer, weights, self.walk.dtype) as lane:
             self.walk.run(lane, bf16, source, target, advance)
         del weights
-        kept, linears = self._read_quantized(layer, progress)
+        lane = self.quantized.layer(self.walk, layer, progress)
         try:
-            with quantized_layer(self.walk, self.layout, layer, kept, linears) as lane:
+            with lane:
                 self.walk.run(lane, nvfp4, source, target, advance)
         except InputError as error:
             raise _LaneError(str(error)) from error
         return self.walk.relative_error(target, "probe")
-
-    def _read_quantized(
-        self, layer: int, progress: WalkProgress
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, QuantizedLinear]]:
-        """A layer as the quantized directory stores it: its other tensors and its Linears, by relative name."""
-        prefix = self.layout.architecture.layer_prefix(layer)
-        before = self.checkpoint.bytes_read
-        kept: dict[str, Tensor] = {}
-        linears: dict[str, QuantizedLinear] = {}
-        for name in self.layout.steps[layer + 1]:
-            linear = name.removesuffix(".weight")
-            if linear in self.layout.quantized:
-                linears[linear.removeprefix(prefix)] = self._read_linear(linear)
-            else:
-                kept[name.removeprefix(prefix)] = self._read(name)
-        progress.advance(0.0, read=self.checkpoint.bytes_read - before)
-        return kept, linears
-
-    def _read(self, name: str) -> Tensor:
-        return self.checkpoint.read(name).to(self.walk.device)
-
-    def _read_linear(self, linear: str) -> QuantizedLinear:
-        weight = QuantizedWeight(
-            self._read(f"{linear}.weight_packed"),
-            self._read(f"{linear}.weight_scale"),
-            self._read(f"{linear}.weight_global_scale"),
-        )
-        scale = self._read(f"{linear}.input_global_scale") if self.scheme == "NVFP4" else None
-        return QuantizedLinear(weight, scale)
 
 
 def judge(fidelity: Fidelity, recorded: float | None) -> Check:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fourge.checkpoint.architecture import Architecture
-from fourge.checkpoint.compressed_tensors import tensor_specs
+from fourge.checkpoint.compressed_tensors import kv_scale_specs, tensor_specs
 from fourge.checkpoint.reader import FLOAT_DTYPES
 from fourge.checks.config import Quantization
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Expected:
     config: Any
     """transformers' config, without `quantization_config`."""
     scheme: Scheme
+    kv_cache_scheme: KvCacheScheme | None
     quantized: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
     specs: Mapping[str, TensorSpec]
@@ -62,6 +63,12 @@ class Expected:
             for group in self.architecture.groups
         ]
         return [group for group in groups if group]
+
+    def kv_scale_names(self, layer: int) -> tuple[str, ...]:
+        """The scales of a layer's KV cache; none where it is not quantized."""
+        if self.kv_cache_scheme is None:
+            return ()
+        return tuple(kv_scale_specs(self.architecture.layer_prefix(layer) + self.architecture.attention))
 
     def layer_names(self, layer: int) -> list[str]:
         """The specs' names that belong to a layer."""
@@ -94,4 +101,10 @@ def expect(directory: Path, architecture: Architecture, quantization: Quantizati
         else:
             tied = skeleton.tied_head and linear == architecture.head
             specs[name] = TensorSpec(FLOAT_DTYPES, shape, optional=tied)
-    return Expected(architecture, config, quantization.scheme, quantized, skeleton.shapes, specs)
+    expected = Expected(
+        architecture, config, quantization.scheme, quantization.kv_cache_scheme, quantized, skeleton.shapes, specs
+    )
+    for layer in range(expected.num_layers):
+        # llm-compressor stores them in the model's dtype.
+        specs |= {name: TensorSpec(FLOAT_DTYPES, (1,)) for name in expected.kv_scale_names(layer)}
+    return expected

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fourge.checkpoint.folder import CARD, has_own_card
 from fourge.checkpoint.reader import Checkpoint, require_finite
 from fourge.checks.expected import Expected
 from fourge.checks.report import Check, conclude, count
@@ -18,9 +19,13 @@ _ABSENT = object()
 
 
 def check_sidecars(checkpoint: Checkpoint, source: Checkpoint) -> Check:
-    """Tokenizer, chat template, generation config, licence, …: every one of the source's, byte for byte."""
+    """Tokenizer, chat template, generation config, licence, …: every one of the source's, byte for byte.
+
+    A card of our own stands in the place of the source's.
+    """
     failures = []
-    paths = source.sidecars()
+    own_card = has_own_card(checkpoint.directory)
+    paths = [path for path in source.sidecars() if not (path.name == CARD and own_card)]
     for path in paths:
         ours = checkpoint.directory / path.name
         if not ours.is_file():

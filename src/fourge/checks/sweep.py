@@ -1,13 +1,14 @@
 """One pass over the tensors, layer by layer: every check that looks at values, from one reading of the files."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checks.expected import Expected
+from fourge.checks.folded import FoldedSource
 from fourge.checks.report import Check, conclude, count
 from fourge.checks.source import allowed_error, measure_group, unquantized_failures
-from fourge.checks.values import fused_failures, scale_failures
+from fourge.checks.values import fused_failures, scalar_failures, scale_failures
 from fourge.progress import WalkProgress
 
 
@@ -30,24 +31,26 @@ class _Found:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The pass over `checkpoint`, beside `source` where there is one.
+    """The pass over `checkpoint`, beside `source` where there is one. `damage` is wrong with how the source is read.
 
     `sound` names the tensors that are there with the right dtype and shape; the others were reported by
     `check_tensors` and are passed over.
     """
 
     checkpoint: Checkpoint
-    source: Checkpoint | None
+    source: FoldedSource | None
     expected: Expected
     sound: Collection[str]
+    damage: Sequence[str] = ()
 
     def run(self) -> list[Check]:
         """The checks `scales` and `fused_groups`; with a source also `unquantized` and `dequantized`."""
-        found = _Found()
+        found = _Found(unquantized=list(self.damage))
         layers = self.expected.num_layers
         with WalkProgress("verify", layers + 1) as progress:
             for layer in range(layers):
                 self._look(self.expected.layer_names(layer), self.expected.quantized_groups(layer), found, progress)
+                found.scales += scalar_failures(self.checkpoint, self.expected.kv_scale_names(layer), self.sound)
                 found.fused += fused_failures(self.checkpoint, self.expected, layer, self.sound)
                 progress.finish_step(f"layer {layer}", f"{found.total} failures so far", {})
             outside = sorted(self.expected.quantized.difference(self.expected.linears))
@@ -98,15 +101,18 @@ class Sweep:
 
     def _conclude(self, found: _Found) -> list[Check]:
         quantized = count(len(self.expected.quantized), "Linear")
+        if self.expected.kv_cache_scheme is not None:
+            quantized += " and of the KV cache"
         checks = [
             conclude("scales", f"every scale of {quantized}: finite and above 0", found.scales),
             conclude("fused_groups", f"global scales of {self._fused_groups()}", found.fused),
         ]
         if self.source is not None:
+            compared = f"{count(found.compared, 'tensor')} against the source's bytes"
+            if self.source.scalings:
+                compared += f"; {count(len(self.source.scalings), 'tensor')} of the source times recorded powers of two"
             checks += [
-                conclude(
-                    "unquantized", f"{count(found.compared, 'tensor')} against the source's bytes", found.unquantized
-                ),
+                conclude("unquantized", compared, found.unquantized),
                 conclude("dequantized", _errors_text(found.errors), found.dequantized),
             ]
         return checks

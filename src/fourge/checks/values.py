@@ -1,6 +1,6 @@
 """Stored scales: usable numbers, and the same ones wherever engines join Linears into one matrix."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ def scale_failures(checkpoint: Checkpoint, linear: str, sound: Collection[str]) 
     """What is wrong with the scales of `linear`: each must be finite and above zero. Others than `sound` are left."""
     if f"{linear}.weight_scale" in sound:
         yield from _group_scale_failures(checkpoint, f"{linear}.weight_scale")
-    for suffix in GLOBAL_SCALES:
-        name = f"{linear}.{suffix}"
+    yield from scalar_failures(checkpoint, (f"{linear}.{suffix}" for suffix in GLOBAL_SCALES), sound)
+
+
+def scalar_failures(checkpoint: Checkpoint, names: Iterable[str], sound: Collection[str]) -> Iterator[str]:
+    """The same of scales that are one number each."""
+    for name in names:
         if name in sound:
             value = float(checkpoint.read(name))
             if not (np.isfinite(value) and value > 0):

@@ -22,9 +22,9 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Pool:
-    """Candidates for both sets; no record, piece or draw is given by both `calibration` and `probe`.
+    """Candidates for the three sets; no record, piece or draw is given twice.
 
-    Both may give too short sequences, and equal ones: that is for the taker to judge. `name` is the option with
+    All may give too short sequences, and equal ones: that is for the taker to judge. `name` is the option with
     its value; `unit` and `mend` complete the sentence that there are too few.
     """
 
@@ -33,6 +33,7 @@ class Pool:
     mend: str
     origin: dict[str, Any]
     calibration: Iterator[np.ndarray]
+    validation: Iterator[np.ndarray]
     probe: Iterator[np.ndarray]
 
 
@@ -46,6 +47,7 @@ class Workbench:
     max_seq_length: int
     seed: int
     num_calibration_samples: int
+    num_validation_samples: int
     num_probe_samples: int
 
     @cached_property
@@ -112,6 +114,7 @@ def _record_pool(records: Records, bench: Workbench) -> Pool:
         "name a larger source",
         {**records.origin, "records": len(records.rows), "chat_template": renderer.has_chat_template},
         map(render, deck.from_top()),
+        map(render, deck.from_top()),
         map(render, deck.from_bottom()),
     )
 
@@ -130,6 +133,7 @@ def _text_pool(name: str, path: Path, bench: Workbench) -> Pool:
         f"pieces of {length} tokens",
         "lower --max-seq-length, or name a larger source",
         {**origin, "stream_tokens": len(tokens)},
+        map(pieces.__getitem__, deck.from_top()),
         map(pieces.__getitem__, deck.from_top()),
         map(pieces.__getitem__, deck.from_bottom()),
     )
@@ -163,12 +167,13 @@ def _self_pool(name: str, bench: Workbench) -> Pool:
 def _drawn_pool(
     name: str, origin: dict[str, Any], draw: Callable[[int, int], Iterator[np.ndarray]], bench: Workbench
 ) -> Pool:
-    """`draw(role, count)` draws for the calibration set (role 0) or the probe (1), each from seeds of its own."""
+    """`draw(role, count)` draws for calibration (role 0), the probe (1) or validation (2), each by seeds of its own."""
     return Pool(
         name,
         f"different sequences of {bench.max_seq_length} tokens",
         "raise --max-seq-length",
         origin,
         draw(0, bench.num_calibration_samples),
+        draw(2, bench.num_validation_samples),
         draw(1, bench.num_probe_samples),
     )

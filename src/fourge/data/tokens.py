@@ -11,7 +11,7 @@ import numpy as np
 from fourge.checkpoint.durable import replaced
 from fourge.errors import InputError
 
-_ROLES = ("calibration", "probe")
+_ROLES = ("calibration", "validation", "probe")
 _PROVENANCE = "provenance"
 
 
@@ -47,14 +47,15 @@ class TokenSet:
 
 @dataclass(frozen=True, eq=False)
 class TokenSets:
-    """What a run calibrates on and what it is probed with: no sequence is in both.
+    """What a run fits to (calibration), chooses by (validation) and only reports on (probe): no sequence is in two.
 
-    `provenance` is JSON: `source`, `probe_source`, `seed`, `max_seq_length`, and under `calibration` and `probe`
-    each `sequences`, `tokens`, `sha256` (the digest), `skipped` (counts by reason) and `origin` (what is known of
-    the source: a file's SHA-256, a dataset's revision and split, …).
+    `provenance` is JSON: `source`, `probe_source`, `seed`, `max_seq_length`, and under each set's name `sequences`,
+    `tokens`, `sha256` (the digest), `skipped` (counts by reason) and `origin` (what is known of the source: a
+    file's SHA-256, a dataset's revision and split, …).
     """
 
     calibration: TokenSet
+    validation: TokenSet
     probe: TokenSet
     provenance: dict[str, Any]
 
@@ -62,13 +63,12 @@ class TokenSets:
 def save_token_sets(path: Path, sets: TokenSets) -> None:
     """Replaces `path` durably by a safetensors file of `sets`; equal sets give equal bytes.
 
-    For each of `calibration` and `probe` it holds `ROLE.tokens` and `ROLE.lengths`, int32, and the provenance as
-    JSON in its metadata.
+    For each of the sets it holds `SET.tokens` and `SET.lengths`, int32, and the provenance as JSON in its metadata.
     """
     from safetensors.numpy import save
 
     arrays = {}
-    for role, tokens in zip(_ROLES, (sets.calibration, sets.probe), strict=True):
+    for role, tokens in zip(_ROLES, (sets.calibration, sets.validation, sets.probe), strict=True):
         arrays[f"{role}.tokens"], arrays[f"{role}.lengths"] = tokens.tokens, tokens.lengths
     # One metadata key only: safetensors keeps several in a hash map, whose order differs from run to run.
     content = save(arrays, metadata={_PROVENANCE: json.dumps(sets.provenance, sort_keys=True)})
@@ -83,15 +83,17 @@ def read_token_sets(path: Path) -> TokenSets:
     try:
         with safe_open(path, framework="numpy") as file:
             provenance = json.loads((file.metadata() or {})[_PROVENANCE])
-            sets = [
-                _checked(
+            # Files of the first version have no validation set.
+            sets = {
+                role: _checked(
                     file.get_tensor(f"{role}.tokens"), file.get_tensor(f"{role}.lengths"), provenance[role]["sha256"]
                 )
                 for role in _ROLES
-            ]
+                if role in provenance
+            }
+            return TokenSets(sets["calibration"], sets.get("validation", TokenSet(())), sets["probe"], provenance)
     except (SafetensorError, LookupError, ValueError) as error:
         raise InputError(f"{path}: the token sequences are damaged ({error}); start over with --restart") from error
-    return TokenSets(sets[0], sets[1], provenance)
 
 
 def _checked(tokens: np.ndarray, lengths: np.ndarray, recorded: str) -> TokenSet:

@@ -51,7 +51,7 @@ def byte_values(device: torch.device) -> Tensor:
 
 
 def _values(device: torch.device) -> Tensor:
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=device)
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32, device=device)
     return torch.cat((magnitudes, -magnitudes))
 
 

@@ -6,7 +6,7 @@ from math import prod
 from typing import Literal
 
 from fourge.checkpoint.architecture import Architecture
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class ModelFacts:
     origin: Literal["config.json alone", "headers"]
     architecture: Architecture
     scheme: Scheme
+    kv_cache_scheme: KvCacheScheme | None
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -123,6 +124,8 @@ def part_of(name: str, architecture: Architecture) -> str:
     if owner == architecture.head:
         return "head"
     within = owner.removeprefix(f"{architecture.layers}.").partition(".")[2]
+    if within == architecture.attention:  # the scales of the KV cache
+        return "attention"
     if within in architecture.linears:
         return "attention" if within.startswith("self_attn.") else "MLP"
     return "norms"

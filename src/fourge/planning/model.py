@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fourge.checkpoint.architecture import Architecture, find_architecture
-from fourge.checkpoint.compressed_tensors import tensor_specs
+from fourge.checkpoint.compressed_tensors import kv_scale_specs, tensor_specs
 from fourge.checkpoint.folder import CONFIG
 from fourge.checkpoint.header import DTYPES, TensorInfo, parse_object
 from fourge.checkpoint.layout import Layout, plan_layout
@@ -166,6 +166,7 @@ def _describe_source(
         found,
         skeleton,
         scheme=scheme,
+        kv_cache_scheme=None,
         shapes=layout.shapes,
         quantized=layout.quantized,
         source={
@@ -226,12 +227,17 @@ def _describe_quantized(found: _Found, skeleton: Skeleton, quantization: Quantiz
             linear = name.removesuffix(".weight")
             stored = tensor_specs(linear, (shape[0], shape[-1]), quantization.scheme)
             specs |= stored if linear in quantized else {name: (dtype, shape)}
+        if quantization.kv_cache_scheme is not None:
+            for layer in range(skeleton.num_layers):
+                architecture = skeleton.architecture
+                specs |= kv_scale_specs(architecture.layer_prefix(layer) + architecture.attention)
         output = _store(specs)
         num_shards, shard_bytes = 1, safetensors_size(specs)
     return _facts(
         found,
         skeleton,
         scheme=quantization.scheme,
+        kv_cache_scheme=quantization.kv_cache_scheme,
         shapes=shapes,
         quantized=quantized,
         source=None,

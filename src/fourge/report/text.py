@@ -71,10 +71,11 @@ def verify_summary(report: "VerifyReport") -> str:
 
 def convert_summary(result: "ConvertResult") -> str:
     """The closing table of `fourge convert`: what was written, and what the way back rests on."""
+    kv_cache = "" if result.kv_cache_scheme is None else f", KV cache {result.kv_cache_scheme}"
     lines = [
         f"{result.output}",
         f"  layout       {result.layout}, from {result.source_layout}",
-        f"  quantized    {result.quantized_linears} Linears, {result.scheme}",
+        f"  quantized    {result.quantized_linears} Linears, {result.scheme}{kv_cache}",
         f"  size         {format_bytes(result.output_bytes)} ({result.output_bytes / GIB:.2f} GiB)",
     ]
     if result.restored:

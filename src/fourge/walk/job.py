@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fourge.checkpoint.durable import fsync_directory, replace_durably, write_json
+from fourge.checkpoint.folder import PROVENANCE
 from fourge.errors import InputError
 from fourge.settings import FREE_ON_CONTINUATION, first_difference
 from fourge.walk.hidden import HiddenLayout, checksum_file
@@ -141,7 +142,7 @@ class Job:
         self._manifest.unlink(missing_ok=True)
         for path in self.output.glob("model-*-of-*.safetensors"):
             path.unlink()
-        for name in (INDEX, "config.json"):
+        for name in (INDEX, "config.json", PROVENANCE):
             (self.output / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name != "lock":

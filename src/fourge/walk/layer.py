@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fourge.nvfp4.quantize import QuantizedWeight
+from fourge.walk.kv_cache import CacheChain, KvCache
 from fourge.walk.linear import InputSite, LaneLinear
 from fourge.walk.skeleton import Skeleton
+from fourge.walk.tree import Tree
 
 StoredWeights = Mapping[str, Tensor | QuantizedWeight]
 """The tensors of one layer by name relative to it: `self_attn.q_proj.weight`, `input_layernorm.weight`, …"""
@@ -24,11 +26,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -
 
 
 class LaneLayer:
-    """Decoder layer `index` with `weights`; `sites` names, per group, what happens to its shared input.
+    """Decoder layer `index` with `weights`; `sites` names, per group, what happens to its shared input;
+    keys and values pass through `kv_cache`, where there is one.
 
-    Runs `[batch, length, hidden]` to the same shape, in the dtype of what it is given. A group without a site
-    passes its input on unchanged. To be used in a `with`: modules of transformers lie on reference cycles, so the
-    weights of a layer that is merely forgotten stay until the collector comes by, a layer or two later.
+    Runs `[batch, length, hidden]` to the same shape, in the dtype of what it is given; with a `tree`, one row whose
+    tokens see their ancestors alone. A group without a site passes its input on unchanged. To be used in a `with`:
+    modules of transformers lie on reference cycles, so the weights of a layer that is merely forgotten stay until
+    the collector comes by, a layer or two later.
     """
 
     def __init__(
@@ -38,9 +42,12 @@ class LaneLayer:
         weights: StoredWeights,
         dtype: torch.dtype,
         sites: Mapping[str, InputSite] | None = None,
+        kv_cache: KvCache | None = None,
     ) -> None:
         self._skeleton = skeleton
         self.index = index
+        self._dtype = dtype
+        self._kv_cache = kv_cache
         self._sites: list[InputSite] = []
         self._linears: list[LaneLinear] = []
         self._module = skeleton.new_layer(index)
@@ -68,9 +75,22 @@ class LaneLayer:
         for linear in self._linears:
             del linear.stored
 
+    def widen(self) -> None:
+        """Holds the Linears' weights in the computation's dtype from now on: faster at every call, and larger."""
+        for linear in self._linears:
+            linear.widen(self._dtype)
+
     @torch.no_grad()
-    def __call__(self, hidden: Tensor) -> Tensor:
-        arguments = self._skeleton.layer_arguments(self.index, hidden)
+    def __call__(self, hidden: Tensor, tree: Tree | None = None) -> Tensor:
+        return self.run(hidden, self._skeleton.layer_arguments(self.index, hidden, tree))
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Runs `hidden` with what the model's forward hands to the layer: mask, positions, a cache that remembers."""
+        if self._kv_cache is not None:
+            remembering = arguments.get("past_key_values")
+            cache = self._kv_cache if remembering is None else CacheChain((self._kv_cache, remembering))
+            arguments = {**arguments, "past_key_values": cache}
         try:
             output = self._module(hidden, **arguments)
         finally:

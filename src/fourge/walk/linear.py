@@ -48,6 +48,10 @@ class LaneLinear(nn.Module):
         self.bias = bias
         self.site = site
 
+    def widen(self, dtype: torch.dtype) -> None:
+        """Stores the weight as a tensor of `dtype`, with the values that it is computed with."""
+        self.stored = self._rows(slice(None), dtype)
+
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         if isinstance(self.stored, QuantizedWeight):
             return dequantize_weight(self.stored, rows, dtype)

@@ -16,7 +16,7 @@ from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.writer import safetensors_size
 from fourge.errors import InputError
 from fourge.progress import format_bytes, resident_bytes
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 from fourge.walk.hidden import HiddenLayout
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -58,10 +58,12 @@ def estimate_needs(
     hidden: HiddenLayout,
     longest_batch: int,
     needs_hessian: bool = False,
+    kv_cache_scheme: KvCacheScheme | None = None,
 ) -> Needs:
     """The needs of a run whose longest micro-batch has `longest_batch` tokens (0 for none)."""
     output = sum(
-        safetensors_size(layout.output_specs(step, source.tensors, scheme)) for step in range(layout.num_steps)
+        safetensors_size(layout.output_specs(step, source.tensors, scheme, kv_cache_scheme))
+        for step in range(layout.num_steps)
     )
     layer = max(sum(source.tensors[name].nbytes for name in names) for names in layout.steps[1:-1])
     widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,7 @@ from fourge.walk.model import describe_model, require_finite_ends
 from fourge.walk.resident import make_sampler
 from fourge.walk.resources import estimate_needs, require_resources
 from fourge.walk.skeleton import Skeleton
+from fourge.walk.smoothing import smoothing_bytes
 from fourge.walk.steps import QuantizingWalk
 from fourge.walk.streams import Stream, lay_out
 from fourge.walk.walk import Walk
@@ -58,6 +59,15 @@ class QuantizeRun:
             raise InputError(
                 "--calibration none: NVFP4 needs data for its input scales; name some, or --scheme NVFP4A16"
             )
+        if settings.kv_cache_scheme is not None and settings.calibration == "none":
+            raise InputError(
+                f"--calibration none: --kv-cache-scheme {settings.kv_cache_scheme} needs data for its scales; "
+                "name some, or leave the option out"
+            )
+        if settings.smooth and settings.calibration == "none":
+            raise InputError("--calibration none: --smooth needs data; name some, or leave the option out")
+        if settings.smooth and settings.num_validation_samples == 0:
+            raise InputError("--num-validation-samples 0: --smooth is decided on validation text; ask for 1 or more")
         source = Checkpoint.open(locate(settings.model, settings.revision))
         require_unquantized(source)
         require_float(source)
@@ -71,7 +81,8 @@ class QuantizeRun:
     @property
     def needs_calibration(self) -> bool:
         """Weight-only `max` looks at no activation, so there the calibration set would run for nothing."""
-        return self.settings.scheme == "NVFP4" or self.method.weighs_channels or self.method.needs_hessian
+        scaled = self.settings.scheme == "NVFP4" or self.settings.kv_cache_scheme is not None
+        return scaled or self.settings.smooth or self.method.weighs_channels or self.method.needs_hessian
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a byte of the output depends on; what a continued run must share."""
@@ -107,6 +118,7 @@ class QuantizeRun:
             request = DataRequest(
                 source=settings.calibration,
                 num_calibration_samples=settings.num_calibration_samples,
+                num_validation_samples=settings.num_validation_samples,
                 num_probe_samples=settings.num_probe_samples,
                 max_seq_length=settings.max_seq_length,
                 seed=settings.seed,
@@ -125,11 +137,13 @@ class QuantizeRun:
             return ()
         calibration = sets.calibration.sequences if self.needs_calibration else ()
         propagated = calibration if self.method.needs_hessian else ()
+        validation = sets.validation.sequences if self.settings.smooth else ()
         probe = sets.probe.sequences
         return lay_out(
             [
                 ("calibration", "bf16", calibration),
                 ("calibration", "nvfp4", propagated),
+                ("validation", "bf16", validation),
                 ("probe", "bf16", probe),
                 ("probe", "nvfp4", probe),
             ],
@@ -144,8 +158,16 @@ class QuantizeRun:
     def _require_room(self, rows: int, longest_batch: int, already_written: int) -> None:
         hidden = HiddenLayout(rows, self.skeleton.hidden_size, self.dtype)
         needs = estimate_needs(
-            self.layout, self.source, self.settings.scheme, hidden, longest_batch, self.method.needs_hessian
+            self.layout,
+            self.source,
+            self.settings.scheme,
+            hidden,
+            longest_batch,
+            self.method.needs_hessian,
+            self.settings.kv_cache_scheme,
         )
+        if self.settings.smooth:
+            needs = replace(needs, method=max(needs.method, smoothing_bytes(self.layout, self.dtype)))
         require_resources(needs, self.output, self.device, already_written)
 
     def work(self, job: Job) -> None:
@@ -169,4 +191,6 @@ class QuantizeRun:
         steps, costs = self.layout.num_steps, quantizing.costs()
         with WalkProgress("quantize", steps, job.next_step, job.metrics_path, costs=costs) as progress:
             quantizing.run(job, progress)
-        finish_checkpoint(job, self.source, self.layout, self.settings.scheme, sets.provenance if sets else None)
+        provenance = sets.provenance if sets else None
+        scheme, kv_cache_scheme = self.settings.scheme, self.settings.kv_cache_scheme
+        finish_checkpoint(job, self.source, self.layout, scheme, kv_cache_scheme, provenance)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fourge.checkpoint.architecture import Architecture
 from fourge.errors import InputError
+from fourge.walk.tree import Tree
 
 
 class _Recorder(nn.Module):
@@ -74,6 +75,8 @@ class Skeleton:
         self._decoder.layers = nn.ModuleList(_Recorder(layer) for layer in self._layers)
         self._decoder.norm = nn.Identity()
         self._arguments: tuple[tuple[int, int, torch.dtype], list[dict[str, Any]]] | None = None
+        self._chain_masks: list[Tensor | None] | None = None
+        self._chain_length = 0
 
     def new_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with every parameter on the meta device."""
@@ -86,14 +89,41 @@ class Skeleton:
         return norm
 
     @torch.no_grad()
-    def layer_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
+    def layer_arguments(self, index: int, hidden: Tensor, tree: Tree | None = None) -> dict[str, Any]:
         """What the model's forward passes to layer `index` beside the hidden states `[batch, length, hidden]`.
 
-        The sequences of a batch have one length and no padding, so this depends on shape and dtype alone; the
-        last answer is kept.
+        Without a `tree`, the sequences of a batch have one length and no padding, so this depends on shape and
+        dtype alone; the last answer is kept. With one, the batch is one row, and a token sees its ancestors as it
+        would in a sequence of its own: at their depths, and no further back than the layer's window reaches.
         """
+        if tree is not None:
+            return self._tree_arguments(index, hidden, tree)
         key = (hidden.shape[0], hidden.shape[1], hidden.dtype)
         if self._arguments is None or self._arguments[0] != key:
-            self._decoder(inputs_embeds=hidden, use_cache=False)
-            self._arguments = (key, [recorder.arguments for recorder in self._decoder.layers])
+            self._arguments = (key, self._record(hidden))
         return self._arguments[1][index]
+
+    def _record(self, hidden: Tensor, **inputs: Tensor) -> list[dict[str, Any]]:
+        self._decoder(inputs_embeds=hidden, use_cache=False, **inputs)
+        return [recorder.arguments for recorder in self._decoder.layers]
+
+    def _tree_arguments(self, index: int, hidden: Tensor, tree: Tree) -> dict[str, Any]:
+        mask = tree.ancestors()
+        recorded = self._record(hidden, position_ids=tree.positions[None], attention_mask=mask[None, None])
+        chain = self._chain_mask(index, hidden, tree.depth)
+        if chain is not None:
+            mask &= chain[tree.positions[:, None], tree.positions]
+        return recorded[index] | {"attention_mask": mask[None, None]}
+
+    def _chain_mask(self, index: int, hidden: Tensor, length: int) -> Tensor | None:
+        """Which position of a plain sequence sees which in layer `index`, bool; None where all before it.
+
+        transformers' own mask, so a sliding window comes from where the model's forward has it. One for a longer
+        sequence begins with those of the shorter, so the longest is kept.
+        """
+        if self._chain_masks is None or self._chain_length < length:
+            recorded = self._record(hidden[:, :1].expand(1, length, -1))
+            self._chain_masks = [arguments["attention_mask"] for arguments in recorded]
+            self._chain_length = length
+        mask = self._chain_masks[index]
+        return None if mask is None else mask[0, 0]

@@ -45,6 +45,12 @@ class Stream:
         chosen = self.sequences[batch.first_sequence : batch.first_sequence + batch.count]
         return torch.from_numpy(np.stack(chosen).astype(np.int64))
 
+    def spread_batches(self, tokens: int) -> tuple[MicroBatch, ...]:
+        """Micro-batches from all over the stream, with about `tokens` tokens; all of them where it has no more."""
+        every = len(self.batches)
+        count = min(every, -(-every * tokens // self.num_tokens))
+        return tuple(self.batches[i * every // count] for i in range(count))
+
 
 def make_stream(
     name: str, lane: Lane, sequences: Iterable[np.ndarray], first_row: int, micro_batch_tokens: int

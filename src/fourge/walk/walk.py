@@ -1,12 +1,12 @@
 """The pass itself: token sequences through one layer of one lane, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourge.checkpoint.reader import Checkpoint
 from fourge.errors import InputError
@@ -15,7 +15,7 @@ from fourge.walk.hidden import HiddenFile, HiddenLayout
 from fourge.walk.layer import LaneLayer, fill
 from fourge.walk.skeleton import Skeleton
 from fourge.walk.statistics import Estimate, clustered_mean
-from fourge.walk.streams import Stream
+from fourge.walk.streams import Lane, MicroBatch, Stream
 
 _HEAD_BLOCK_BYTES = 8 << 20
 
@@ -62,17 +62,13 @@ class Walk:
         for batch in stream.batches:
             rows = source.read(batch.first_row, batch.last_row).to(self.device)
             output = layer(rows.view(batch.count, batch.length, -1)).reshape(rows.shape)
-            if not torch.isfinite(output).all():
-                raise InputError(
-                    f"layer {layer.index}: hidden states of the {stream.name} set leave the range of {self.dtype} "
-                    f"in the {stream.lane} lane; try --compute-dtype float32, or check this layer's weights"
-                )
+            require_in_range(output, layer.index, f"the {stream.name} set", stream.lane)
             target.write(batch.first_row, output)
             advance(len(rows) / stream.num_tokens, len(rows))
 
-    def watch(self, layer: LaneLayer, stream: Stream, source: HiddenFile) -> None:
-        """Runs a stream through `layer` for its observers' sake, each micro-batch up to `SeenEnoughError`."""
-        for batch in stream.batches:
+    def watch(self, layer: LaneLayer, batches: Iterable[MicroBatch], source: HiddenFile) -> None:
+        """Runs `batches` through `layer` for its observers' sake, each up to `SeenEnoughError`."""
+        for batch in batches:
             rows = source.read(batch.first_row, batch.last_row).to(self.device)
             with suppress(SeenEnoughError):
                 layer(rows.view(batch.count, batch.length, -1))
@@ -96,9 +92,7 @@ class Walk:
     def fidelity(self, states: HiddenFile, name: str, advance: Advance) -> Fidelity:
         """Both lanes' next-token distributions on set `name`, from the last layer's hidden states."""
         bf16, nvfp4 = self._lanes(name)
-        norm = self.skeleton.new_final_norm()
-        weight = self.source.read(f"{self.skeleton.architecture.final_norm}.weight").to(self.device)
-        fill(norm, {"weight": weight}, self.dtype)
+        norm = self.final_norm()
 
         def lane_states(stream: Stream, rows: slice) -> Tensor:
             first = stream.first_row
@@ -109,7 +103,7 @@ class Walk:
             measures = compare_heads(
                 lambda rows: (lane_states(bf16, rows), lane_states(nvfp4, rows)),
                 _next_tokens(bf16).to(self.device),
-                self._head_blocks(advance),
+                self.head_blocks(advance),
             )
         sequences = _sequence_numbers(bf16)[(_next_tokens(bf16) >= 0).numpy()]
         return summarise(measures, sequences)
@@ -119,7 +113,15 @@ class Walk:
         assert bf16 is not None and nvfp4 is not None
         return bf16, nvfp4
 
-    def _head_blocks(self, advance: Advance) -> Iterator[Tensor]:
+    def final_norm(self) -> nn.Module:
+        """The norm before the head, with its weight."""
+        norm = self.skeleton.new_final_norm()
+        weight = self.source.read(f"{self.skeleton.architecture.final_norm}.weight").to(self.device)
+        fill(norm, {"weight": weight}, self.dtype)
+        return norm
+
+    def head_blocks(self, advance: Advance) -> Iterator[Tensor]:
+        """The head's weight in blocks of consecutive vocabulary rows `[block, hidden]`, a few MB each."""
         architecture = self.skeleton.architecture
         owner = architecture.embedding if self.skeleton.tied_head else architecture.head
         info = self.source.tensors[f"{owner}.weight"]
@@ -129,6 +131,15 @@ class Walk:
             block = self.source.read(info.name, slice(start, stop))
             yield block.to(self.device, self.dtype)
             advance((stop - start) / info.shape[0], 0)
+
+
+def require_in_range(output: Tensor, layer: int, what: str, lane: Lane) -> None:
+    """Raises InputError where `output`, the hidden states of `what` after a layer, holds NaN or Inf."""
+    if not torch.isfinite(output).all():
+        raise InputError(
+            f"layer {layer}: hidden states of {what} leave the range of {output.dtype} in the {lane} lane; "
+            "try --compute-dtype float32, or check this layer's weights"
+        )
 
 
 def _sequence_numbers(stream: Stream) -> np.ndarray:

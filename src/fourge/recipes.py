@@ -1,0 +1,37 @@
+"""How much care a quantization takes: the methods that go together, by name, and the one that is taken by default."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+RecipeName = Literal["fast", "balanced", "best"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe stands for, in the options' own names."""
+
+    method: str
+    smooth: bool
+
+
+RECIPES: Mapping[RecipeName, Recipe] = {
+    "fast": Recipe("search", smooth=False),
+    "balanced": Recipe("search", smooth=True),
+    "best": Recipe("gptq", smooth=True),
+}
+"""From figures on held-out text (`docs/methods.md`). `balanced` needs no Hessian, so it runs wherever a layer fits."""
+
+DEFAULT: RecipeName = "balanced"
+
+
+def resolve(recipe: RecipeName | None, method: str | None, smooth: bool | None, *, has_data: bool) -> Recipe:
+    """The method and whether to smooth, from what was asked for and what was left out (None).
+
+    A method named alone is that method and nothing else: `--method max` is the published card's recipe. Without
+    calibration data a recipe goes as far as weights alone allow, for smoothing looks at activations.
+    """
+    if recipe is None and method is not None:
+        return Recipe(method, bool(smooth))
+    chosen = RECIPES[recipe or DEFAULT]
+    return Recipe(method or chosen.method, chosen.smooth and has_data if smooth is None else smooth)

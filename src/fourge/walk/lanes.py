@@ -1,0 +1,53 @@
+"""A decoder layer as each lane runs it: the source's tensors for one, quantized Linears among them for the other."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fourge.checkpoint.compressed_tensors import KvScales, QuantizedLinear
+from fourge.checkpoint.layout import Layout
+from fourge.checkpoint.reader import require_finite
+from fourge.nvfp4.quantize import QuantizedWeight
+from fourge.progress import WalkProgress
+from fourge.walk.kv_cache import Fp8KvCache
+from fourge.walk.layer import LaneLayer
+from fourge.walk.linear import InputSite
+from fourge.walk.walk import Walk
+
+
+def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -> dict[str, Tensor | QuantizedWeight]:
+    """A layer's tensors as the source stores them, by name relative to it; InputError for NaN and Inf."""
+    prefix = layout.architecture.layer_prefix(layer)
+    weights: dict[str, Tensor | QuantizedWeight] = {}
+    for name in layout.steps[layer + 1]:
+        info = walk.source.tensors[name]
+        tensor = walk.source.read(name)
+        require_finite(tensor, info)
+        weights[name.removeprefix(prefix)] = tensor.to(walk.device)
+        progress.advance(0.0, read=info.nbytes)
+    return weights
+
+
+def quantized_layer(
+    walk: Walk,
+    layout: Layout,
+    layer: int,
+    kept: Mapping[str, Tensor | QuantizedWeight],
+    linears: Mapping[str, QuantizedLinear],
+    sites: Mapping[str, InputSite] | None = None,
+    kv_scales: KvScales | None = None,
+) -> LaneLayer:
+    """The layer as engines run it: quantized weights, inputs quantized by the group's `input_global_scale`.
+
+    `kept` are the layer's other tensors and `linears` its quantized ones, both by name relative to the layer;
+    groups of which no Linear is in `linears` stay as they are, or get the site that `sites` names for them. With
+    `kv_scales`, attention reads keys and values from an FP8 cache.
+    """
+    weights = dict(kept) | {f"{name}.weight": linear.weight for name, linear in linears.items()}
+    all_sites = dict(sites or {})
+    for group in layout.groups(layer):
+        if group.linears[0] in linears:
+            scale = linears[group.linears[0]].input_global_scale
+            all_sites[group.name] = InputSite(None if scale is None else scale.to(walk.device))
+    kv_cache = None if kv_scales is None else Fp8KvCache(kv_scales, walk.device)
+    return LaneLayer(walk.skeleton, layer, weights, walk.dtype, all_sites, kv_cache)

@@ -1,0 +1,206 @@
+"""What a quantization does with one decoder layer: smooth, observe, quantize, and hand the hidden states on."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fourge.checkpoint.architecture import LinearGroup
+from fourge.checkpoint.compressed_tensors import KvScales, QuantizedLinear
+from fourge.checkpoint.layout import Layout
+from fourge.methods.base import Method
+from fourge.methods.hessian import HessianAccumulator
+from fourge.methods.observe import InputStatistics, input_global_scale
+from fourge.nvfp4.quantize import QuantizedWeight
+from fourge.progress import WalkProgress
+from fourge.settings import QuantizeSettings
+from fourge.walk.hidden import HiddenFile
+from fourge.walk.kv_cache import KvObserver
+from fourge.walk.lanes import quantized_layer, read_layer
+from fourge.walk.layer import LaneLayer
+from fourge.walk.linear import InputSite
+from fourge.walk.smoothing import LayerSmoothing
+from fourge.walk.streams import Stream
+from fourge.walk.walk import Advance, SeenEnoughError, Walk
+from fourge.walk.weight_error import relative_weight_error
+
+
+@dataclass
+class StepOutput:
+    """What a step found out: tensors for its shard beside the copied ones, measures, events, a line for people.
+
+    `linears` and `tensors` by full name; `tensors` are those that are no longer the source's bytes.
+    """
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    kv_scales: KvScales | None = None
+    measures: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    facts: str = ""
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Before the layer, and after it."""
+
+    source: HiddenFile
+    target: HiddenFile
+
+
+class LayerStep:
+    """One decoder layer's way through a quantization, good for one `run`. `states` is None where there is no data.
+
+    `weights` holds the layer's tensors by name relative to it. Smoothing changes some in place before anything else
+    looks at them; quantizing takes the groups out one after the other, so that they are freed.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        layout: Layout,
+        settings: QuantizeSettings,
+        method: Method,
+        layer: int,
+        states: HiddenStates | None,
+        progress: WalkProgress,
+    ) -> None:
+        self.walk = walk
+        self.layout = layout
+        self.settings = settings
+        self.method = method
+        self.layer = layer
+        self.states = states
+        self.progress = progress
+        self.weights: dict[str, Tensor | QuantizedWeight] = {}
+        self.output = StepOutput()
+
+    def run(self) -> StepOutput:
+        """From the source's tensors to those of the shard, and from `states.source` to `states.target`."""
+        self.weights = read_layer(self.walk, self.layout, self.layer, self.progress)
+        smoothed = self._smooth()
+        statistics = self._observe()
+        linears = self._quantize(statistics)
+        prefix = self.layout.architecture.layer_prefix(self.layer)
+        self.output.linears = {prefix + name: linear for name, linear in linears.items()}
+        for name in smoothed & self.weights.keys():
+            tensor = self.weights[name]
+            assert isinstance(tensor, Tensor)
+            self.output.tensors[prefix + name] = tensor
+        errors = [linear["weight_error"] for linear in self.output.measures["linears"].values()]
+        self.output.facts = f"weight error {max(errors):.4f}" if errors else "kept"
+        if self.states is not None:
+            self._propagate(linears, self.states)
+        return self.output
+
+    def _smooth(self) -> frozenset[str]:
+        """The names of the tensors that are not the source's any more."""
+        if self.states is None or not self.settings.smooth:
+            return frozenset()
+        smoothing = LayerSmoothing(self.walk, self.layout, self.settings, self.method, self.layer)
+        changed = smoothing.fold(self.weights, self.states.source)
+        self.output.measures["smoothing"] = smoothing.measures
+        self.output.events += smoothing.events
+        return changed
+
+    def _observe(self) -> dict[str, InputStatistics]:
+        """Runs the bf16 lane; what calibration saw of every group's input, by the group's name."""
+        weighs = self.method.weighs_channels
+        statistics = {g.name: InputStatistics(weigh_channels=weighs) for g in self.layout.groups(self.layer)}
+        kv_observer = None if self.settings.kv_cache_scheme is None else KvObserver()
+        if self.states is not None:
+            self._run_bf16(statistics, kv_observer, self.states)
+        if kv_observer is not None:
+            self.output.kv_scales = kv_observer.scales(self.output.events)
+            amax = {"k_amax": float(kv_observer.k_amax), "v_amax": float(kv_observer.v_amax)}
+            self.output.measures["kv_cache"] = amax
+        return statistics
+
+    def _run_bf16(
+        self, statistics: Mapping[str, InputStatistics], kv_observer: KvObserver | None, states: HiddenStates
+    ) -> None:
+        # Observers sit in the layer that the calibration set runs through and in no other: the probe decides nothing.
+        watched = {name: InputSite(observe=seen.observe) for name, seen in statistics.items()}
+        for name, sites, kv_cache in (
+            ("calibration", watched, kv_observer),
+            ("validation", None, None),
+            ("probe", None, None),
+        ):
+            stream = self.walk.stream(name, "bf16")
+            if stream is not None:
+                with LaneLayer(self.walk.skeleton, self.layer, self.weights, self.walk.dtype, sites, kv_cache) as lane:
+                    self.walk.run(lane, stream, states.source, states.target, self._reporter(stream))
+
+    def _reporter(self, stream: Stream) -> Advance:
+        """Turns shares of a stream's pass into shares of the layer's step."""
+        part = stream.num_tokens / self.walk.hidden_layout.rows
+        return lambda share, tokens: self.progress.advance(share * part, tokens=tokens)
+
+    def _quantize(self, statistics: Mapping[str, InputStatistics]) -> dict[str, QuantizedLinear]:
+        """Quantizes group after group; the Linears by name relative to the layer."""
+        linears: dict[str, QuantizedLinear] = {}
+        measured = self.output.measures["linears"] = {}
+        for group in self.layout.groups(self.layer):
+            seen = statistics[group.name] if self.walk.stream("calibration", "bf16") else None
+            input_scale = self._input_scale(group, seen)
+            if seen is not None and self.states is not None and self.method.needs_hessian:
+                seen.hessian = self._hessian(group, linears, input_scale, self.states.source)
+            held = {name: self.weights.pop(f"{name}.weight") for name in group.linears}
+            sources = {name: weight for name, weight in held.items() if isinstance(weight, Tensor)}
+            quantized = self.method.quantize_group(sources, seen, self.output.events)
+            for name, weight in quantized.items():
+                linears[name] = QuantizedLinear(weight, input_scale)
+                measured[name] = {"weight_error": relative_weight_error(sources[name], weight)}
+                if seen is not None:
+                    measured[name] |= {"input_amax": float(seen.amax), "tokens": seen.tokens}
+            if seen is not None:
+                seen.hessian = None
+        return linears
+
+    def _input_scale(self, group: LinearGroup, seen: InputStatistics | None) -> Tensor | None:
+        if seen is None or self.settings.scheme != "NVFP4":
+            return None
+        if seen.amax == 0:
+            self.output.events.append({"event": "input is always zero", "group": group.name})
+        return input_global_scale(seen, self.settings.input_headroom)
+
+    def _hessian(
+        self,
+        group: LinearGroup,
+        linears: Mapping[str, QuantizedLinear],
+        input_scale: Tensor | None,
+        source: HiddenFile,
+    ) -> HessianAccumulator:
+        """XᵀX of what this group's Linears will multiply, given every layer and group before it as quantized."""
+        stream = self.walk.stream("calibration", "nvfp4")
+        assert stream is not None
+        prefix = self.layout.architecture.layer_prefix(self.layer)
+        hessian = HessianAccumulator(self.layout.shapes[f"{prefix}{group.linears[0]}.weight"][1], self.walk.device)
+
+        def observe(x: Tensor) -> None:
+            hessian.add(x)
+            raise SeenEnoughError
+
+        with self._quantized_layer(linears, {group.name: InputSite(input_scale, observe)}) as lane:
+            self.walk.watch(lane, stream.batches, source)
+        return hessian
+
+    def _propagate(self, linears: Mapping[str, QuantizedLinear], states: HiddenStates) -> None:
+        """Runs the nvfp4 lane, and measures how far the two lanes are apart on the probe."""
+        with self._quantized_layer(linears) as lane:
+            for name in ("calibration", "validation", "probe"):
+                stream = self.walk.stream(name, "nvfp4")
+                if stream is not None:
+                    self.walk.run(lane, stream, states.source, states.target, self._reporter(stream))
+        if self.walk.stream("probe", "nvfp4") is not None:
+            error = self.walk.relative_error(states.target, "probe")
+            self.output.measures["hidden_error"] = asdict(error)
+            self.output.facts += f"  hidden error {error}"
+
+    def _quantized_layer(
+        self, linears: Mapping[str, QuantizedLinear], sites: Mapping[str, InputSite] | None = None
+    ) -> LaneLayer:
+        """The layer with what is quantized of it by now."""
+        kv_scales = self.output.kv_scales
+        return quantized_layer(self.walk, self.layout, self.layer, self.weights, linears, sites, kv_scales)
