@@ -20,7 +20,7 @@ BASE = 600e6
 def peak_of(model: Path, output: Path, length: int, threads: int) -> tuple[int, float]:
     """Peak resident bytes and seconds of one `fourge quantize` in a fresh process."""
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(output), "--json"]
+    command = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(output), "--json", "--method", "max"]
     command += ["--calibration", "random", "--num-calibration-samples", "2", "--num-probe-samples", "1"]
     command += ["--max-seq-length", str(length), "--micro-batch-tokens", str(length), "--threads", str(threads)]
     result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

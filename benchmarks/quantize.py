@@ -45,6 +45,7 @@ def main() -> None:
 
         save_tokenizer(model, 32000)
     ours = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(BUILD / "ours"), "--json", "--restart"]
+    ours += ["--method", "max"]  # the recipe that both tools have
     ours += ["--calibration", "random", "--num-calibration-samples", str(options.samples), "--num-probe-samples", "1"]
     ours += ["--max-seq-length", str(options.length), "--input-headroom", "1", "--threads", str(options.threads)]
     tokens = BUILD / "ours" / ".fourge" / "tokens.safetensors"

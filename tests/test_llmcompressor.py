@@ -56,6 +56,7 @@ def run(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
             str(model),
             folder / "ours",
             scheme=scheme,  # type: ignore[arg-type]
+            method="max",
             calibration="random",
             num_calibration_samples=6,
             num_probe_samples=1,

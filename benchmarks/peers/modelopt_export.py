@@ -1,66 +1,62 @@
 """Model-Optimizer's quantization and export on the tokens of one of our jobs. Runs in Model-Optimizer's environment.
 
-    python modelopt_export.py MODEL OUTPUT TOKENS.safetensors [--scheme NVFP4]
+    python modelopt_export.py MODEL OUTPUT TOKENS.safetensors [--scheme NVFP4] [--recipe local-hessian]
 
 Prints one JSON line: seconds of calibrating and of saving, peak resident bytes, version.
 """
 
-import argparse
-import json
-import resource
+import copy
 import time
+from typing import Any
 
 import modelopt
 import modelopt.torch.quantization as mtq
-import numpy as np
+import modelopt_on_cpu
 import torch
+from common import parse_arguments, read_calibration, report
 from modelopt.torch.export import export_hf_checkpoint
-from safetensors.numpy import load_file
+from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-CONFIGS = {"NVFP4": mtq.NVFP4_DEFAULT_CFG, "NVFP4A16": mtq.W4A16_NVFP4_CFG}
+RECIPES = ("max", "mse", "local-hessian", "gptq", "four-over-six", "kv-fp8")
 
 
-def read_calibration(path: str) -> list[torch.Tensor]:
-    """The calibration sequences of a job's `tokens.safetensors`."""
-    stored = load_file(path)
-    ends = np.cumsum(stored["calibration.lengths"])
-    return [torch.from_numpy(part).long() for part in np.split(stored["calibration.tokens"], ends[:-1])]
+def configuration(recipe: str, scheme: str) -> dict[str, Any]:
+    """The library's own configuration of that name; GPTQ as in its recipe `nvfp4_default-kv_none-gptq`."""
+    if scheme == "NVFP4A16":
+        return mtq.W4A16_NVFP4_CFG
+    if recipe == "kv-fp8":
+        return update_quant_cfg_with_kv_cache_quant(mtq.NVFP4_DEFAULT_CFG, mtq.FP8_KV_CFG["quant_cfg"])
+    if recipe == "gptq":
+        config = copy.deepcopy(mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG)
+        return config | {"algorithm": {"method": "gptq", "layerwise": {"enable": True}}}
+    return {
+        "max": mtq.NVFP4_DEFAULT_CFG,
+        "mse": mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG,
+        "local-hessian": mtq.NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG,
+        "four-over-six": mtq.NVFP4_FOUR_OVER_SIX_CFG,
+    }[recipe]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("output")
-    parser.add_argument("tokens")
-    parser.add_argument("--scheme", default="NVFP4", choices=CONFIGS)
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args()
+    options = parse_arguments(__doc__, RECIPES)
     if options.threads:
         torch.set_num_threads(options.threads)
-    sequences = read_calibration(options.tokens)
+    if not torch.cuda.is_available():
+        modelopt_on_cpu.install()
+    sequences = [torch.tensor([sequence]) for sequence in read_calibration(options.tokens)]
 
     def calibrate(model: torch.nn.Module) -> None:
         for sequence in sequences:
-            model(sequence.unsqueeze(0))
+            model(sequence, use_cache=False)
 
     began = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-    model = mtq.quantize(model, CONFIGS[options.scheme], calibrate)
+    model = mtq.quantize(model, configuration(options.recipe, options.scheme), calibrate)
     calibrated = time.monotonic()
     export_hf_checkpoint(model, export_dir=options.output)
     AutoTokenizer.from_pretrained(options.model).save_pretrained(options.output)
-    saved = time.monotonic()
-    print(
-        json.dumps(
-            {
-                "calibrating_seconds": calibrated - began,
-                "saving_seconds": saved - calibrated,
-                "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "modelopt": modelopt.__version__,
-            }
-        )
-    )
+    report(calibrated - began, time.monotonic() - calibrated, modelopt=modelopt.__version__)
 
 
 if __name__ == "__main__":
