@@ -38,7 +38,7 @@ def test_textbook_loop_agrees_in_fp64(seed: int) -> None:
     weight, x = problem(seed)
     scales, divisor = max_scales(weight)
     hessian = x.double().T @ x.double()
-    got = gptq(weight, scales, divisor, factorize(hessian, torch.arange(64), [], "linear"))
+    got = gptq(weight, scales, divisor, factorize(hessian.clone(), torch.arange(64), [], "linear"))
     expected = gptq_textbook(weight.double(), scales.double() / divisor.double(), dampened(hessian, 0.05))
     assert e2m1.decode(e2m1.unpack(got.packed)).double().equal(expected)
     assert got.scale.float().equal(scales)
@@ -49,7 +49,7 @@ def test_walk_order_is_the_textbook_on_columns_in_that_order() -> None:
     scales, divisor = max_scales(weight)
     hessian = x.double().T @ x.double()
     order = by_activity(hessian.diagonal())
-    got = gptq(weight, scales, divisor, factorize(hessian, order, [], "linear"))
+    got = gptq(weight, scales, divisor, factorize(hessian.clone(), order, [], "linear"))
     in_order = gptq_textbook(
         weight.double()[:, order],
         scales.double()[:, order[::16] // 16] / divisor.double(),
@@ -123,7 +123,7 @@ def test_rank_deficient_inputs_stay_finite_and_better() -> None:
     scales, divisor = max_scales(weight)
     hessian = x.T @ x
     events: list[dict[str, Any]] = []
-    curvature = factorize(hessian, torch.arange(256), events, "linear", dampening=1e-12)
+    curvature = factorize(hessian.clone(), torch.arange(256), events, "linear", dampening=1e-12)
     got = gptq(weight, scales, divisor, curvature)
     assert {event["event"] for event in events} == {"dampening raised"}
     assert dequantize_weight(got).isfinite().all()

@@ -26,7 +26,7 @@ def test_textbook_twin_agrees_in_fp64(seed: int, window: int) -> None:
     weight, x = problem(seed, rows=6, columns=64)
     scales, divisor = max_scales(weight)
     hessian = x.double().T @ x.double()
-    got = replay(weight, scales, divisor, factorize(hessian, torch.arange(64), [], "linear"), window)
+    got = replay(weight, scales, divisor, factorize(hessian.clone(), torch.arange(64), [], "linear"), window)
     values, chosen = replay_textbook(weight.double(), scales.double(), divisor.item(), dampened(hessian, 0.05), window)
     assert got.scale.double().equal(chosen)
     assert values_of(got).equal(values)
@@ -40,7 +40,7 @@ def test_walk_order_is_the_twin_on_columns_in_that_order() -> None:
     order = by_activity(hessian.diagonal())
     groups = order[::16] // 16
     assert groups.tolist() != [0, 1, 2, 3]
-    got = replay(weight, scales, divisor, factorize(hessian, order, [], "linear"))
+    got = replay(weight, scales, divisor, factorize(hessian.clone(), order, [], "linear"))
     values, chosen = replay_textbook(
         weight.double()[:, order],
         scales.double()[:, groups],
@@ -102,7 +102,7 @@ def test_degenerate_inputs_stay_finite_and_are_recorded(order_of: Any, case: str
     hessian = x.T @ x
     events: list[dict[str, Any]] = []
     dampening = 1e-12 if case == "rank deficient" else 0.05
-    curvature = factorize(hessian, order_of(hessian.diagonal()), events, "linear", dampening)
+    curvature = factorize(hessian.clone(), order_of(hessian.diagonal()), events, "linear", dampening)
     scales, divisor = max_scales(weight)
     got = replay(weight, scales, divisor, curvature)
     assert dequantize_weight(got).isfinite().all()

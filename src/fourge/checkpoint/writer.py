@@ -76,7 +76,7 @@ def write_safetensors(
 
 def safetensors_size(specs: Specs, metadata: Mapping[str, str] | None = FORMAT_PT) -> int:
     """Exact size in bytes, header included, of the file that `write_safetensors` would write."""
-    return len(_header(specs, metadata)) + sum(_num_bytes(*spec) for spec in specs.values())
+    return len(_header(specs, metadata)) + sum(num_bytes(*spec) for spec in specs.values())
 
 
 def index_json(weight_map: Mapping[str, str], total_size: int) -> dict[str, Any]:
@@ -90,7 +90,8 @@ def _spec(entry: Tensor | Copied) -> tuple[str, tuple[int, ...]]:
     return _DTYPE_NAMES[entry.dtype], tuple(entry.shape)
 
 
-def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of `shape` and of safetensors' `dtype`."""
     return DTYPES[dtype].itemsize * math.prod(shape)
 
 
@@ -106,7 +107,7 @@ def _header(specs: Specs, metadata: Mapping[str, str] | None) -> bytes:
     offset = 0
     for name in _file_order(specs):
         dtype, shape = specs[name]
-        end = offset + _num_bytes(dtype, shape)
+        end = offset + num_bytes(dtype, shape)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()

@@ -13,7 +13,7 @@ import torch
 from fourge.checkpoint.durable import nearest_existing
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
-from fourge.checkpoint.writer import safetensors_size
+from fourge.checkpoint.writer import num_bytes, safetensors_size
 from fourge.errors import InputError
 from fourge.progress import format_bytes, resident_bytes
 from fourge.settings import KvCacheScheme, Scheme
@@ -26,7 +26,7 @@ _WORKING_BYTES = 200 << 20
 """Blocks of rows, I/O buffers and the allocator's slack, whatever the model's size."""
 
 _METHOD_BYTES = 512 << 20
-"""What a method takes for the chunk of rows that it works on."""
+"""What a method takes for the chunk of rows that it works on, and for the panels of a Cholesky factorization."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,8 @@ class Needs:
 
     @property
     def memory(self) -> int:
-        """One layer in the source's dtype with its largest group quantized beside it, and the larger of what runs a
-        micro-batch and what the method works with; and slack."""
-        return int(1.3 * self.layer) + max(self.micro_batch, self.method) + _WORKING_BYTES
+        """A layer at its largest, and the larger of what runs a micro-batch and what the method works with; slack."""
+        return self.layer + max(self.micro_batch, self.method) + _WORKING_BYTES
 
 
 def estimate_needs(
@@ -65,16 +64,26 @@ def estimate_needs(
         safetensors_size(layout.output_specs(step, source.tensors, scheme, kv_cache_scheme))
         for step in range(layout.num_steps)
     )
-    layer = max(sum(source.tensors[name].nbytes for name in names) for names in layout.steps[1:-1])
+    layer = max(_largest_moment(layout, source, scheme, layer, needs_hessian) for layer in range(layout.num_layers))
     widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
     # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
     micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
-    method = 0
-    if needs_hessian:
-        # XᵀX in FP32, two more matrices while it is factored, and rows of weights in FP32 in walk order.
-        widest_input = max(layout.shapes[f"{name}.weight"][1] for name in layout.quantized)
-        method = 3 * 4 * widest_input**2 + _METHOD_BYTES
-    return Needs(output, hidden.nbytes, layer, micro_batch, method)
+    return Needs(output, hidden.nbytes, layer, micro_batch, _METHOD_BYTES if needs_hessian else 0)
+
+
+def _largest_moment(layout: Layout, source: Checkpoint, scheme: Scheme, layer: int, needs_hessian: bool) -> int:
+    """The most that a layer holds while its groups are quantized one after the other: of each the source's tensors
+    or the output's, and with `needs_hessian` XᵀX of the group's input in FP32, which is factored where it lies."""
+    prefix = layout.architecture.layer_prefix(layer)
+    specs = layout.output_specs(layer + 1, source.tensors, scheme)
+    held = largest = sum(source.tensors[name].nbytes for name in layout.steps[layer + 1])
+    for group in layout.groups(layer):
+        linears = [prefix + linear for linear in group.linears]
+        quantized = sum(num_bytes(*spec) for name, spec in specs.items() if name.rpartition(".")[0] in linears)
+        hessian = 4 * layout.shapes[f"{linears[0]}.weight"][1] ** 2 if needs_hessian else 0
+        largest = max(largest, held + quantized + hessian)
+        held += quantized - sum(source.tensors[f"{linear}.weight"].nbytes for linear in linears)
+    return largest
 
 
 def return_freed_layers() -> None:
