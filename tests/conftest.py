@@ -1,6 +1,7 @@
 """Pico models: real architectures of transformers at a size that quantizes in a second, built anew each session."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ WHY_NOT_RUN = {
     "slow": "needs an environment with llm-compressor or Model-Optimizer; `make test-slow` builds them",
     "gpu": "needs a CUDA device; `pytest -m gpu` there",
     "vllm": "needs an environment with vLLM: `make test-vllm` builds one",
+    "shared": "needs the folder shared/ beside the checkout",
 }
 
 
@@ -125,11 +127,14 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says what was not run and why, so that a green run does not look like more than it is."""
+    skipped = terminalreporter.stats.get("skipped", [])
     for marker, why in WHY_NOT_RUN.items():
-        terminalreporter.write_line(f"not run: {NOT_RUN.get(marker, 0)} {marker} ({why})")
-    reasons: dict[str, int] = {}
-    for report in terminalreporter.stats.get("skipped", []):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        reasons[reason] = reasons.get(reason, 0) + 1
+        deselected, kept_out = NOT_RUN.get(marker, 0), sum(marker in report.keywords for report in skipped)
+        terminalreporter.write_line(
+            f"not run: {deselected + kept_out} {marker} ({why}): {deselected} deselected, {kept_out} skipped"
+        )
+    reasons = Counter(
+        report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr) for report in skipped
+    )
     for reason, count in sorted(reasons.items()):
-        terminalreporter.write_line(f"skipped: {count} ({reason})")
+        terminalreporter.write_line(f"skipped: {count} ({reason.removeprefix('Skipped: ')})")
