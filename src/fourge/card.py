@@ -11,7 +11,7 @@ from fourge.errors import InputError
 
 @dataclass(frozen=True)
 class CardResult:
-    """What was written. `picture` is None where there was nothing to draw, or nothing to draw with.
+    """What was written: `picture` unless there was nothing to draw, or to draw with, `sbom` where it was asked for.
 
     `missing` says of each section without figures what would fill it; `owner_texts` are those that were kept.
     """
@@ -19,6 +19,7 @@ class CardResult:
     output: Path
     card: Path
     picture: Path | None
+    sbom: Path | None
     missing: dict[str, str]
     owner_texts: tuple[str, ...]
 
@@ -34,6 +35,7 @@ def card(
         list[Path] | None, typer.Option(help="JSON file of scores from elsewhere, with their source; repeated.")
     ] = None,
     template: Annotated[Path | None, typer.Option(help="Jinja template of the card's body, instead of ours.")] = None,
+    sbom: Annotated[bool, typer.Option("--sbom", help="Write the bill of materials, too, as `fourge sbom`.")] = False,
 ) -> CardResult:
     """Write the model card (README.md) of a checkpoint, with its metadata for the hub.
 
@@ -45,6 +47,7 @@ def card(
     from fourge.publishing.card_reference import read_reference
     from fourge.publishing.hub_upload import require_repository_name
     from fourge.publishing.model_card import write_card
+    from fourge.sbom import sbom as write_sbom
 
     output = Path(output)  # a script may well give a string
     if base_model is not None:
@@ -56,7 +59,8 @@ def card(
         template=None if template is None else _read_template(Path(template)),
     )
     written = write_card(output, options)
-    return CardResult(output, written.card, written.picture, dict(written.missing), written.owner_texts)
+    materials = write_sbom(output).sbom if sbom else None
+    return CardResult(output, written.card, written.picture, materials, dict(written.missing), written.owner_texts)
 
 
 def _read_template(path: Path) -> str:

@@ -80,10 +80,13 @@ def _write(
 ) -> PageResult:
     from fourge.checkpoint.durable import replaced
     from fourge.publishing.page_build import build_page
+    from fourge.publishing.signed import require_unsigned
 
     built = build_page(evidence, with_histograms=with_histograms, max_flips=max_flips, refresh_seconds=refresh_seconds)
+    content = built.html.encode()
+    require_unsigned(evidence.output, target, content)
     with replaced(target) as temporary:
-        temporary.write_text(built.html, encoding="utf-8")
+        temporary.write_bytes(content)
     return PageResult(target, target.stat().st_size, built.findings)
 
 

@@ -84,18 +84,15 @@ def _require_card(output: Path) -> None:
 def _say_in_card(output: Path, failed: tuple[str, ...]) -> None:
     """Puts the notice of failed checks in the card, or takes an old one out; a signature over the card forbids it."""
     from fourge.checkpoint.durable import replaced
-    from fourge.checkpoint.folder import CARD, SIGNATURE
+    from fourge.checkpoint.folder import CARD
     from fourge.publishing.notice import with_notice
+    from fourge.publishing.signed import require_unsigned
 
     card = output / CARD
     before = card.read_text(encoding="utf-8")
     after = with_notice(before, failed)
     if after == before:
         return
-    if (output / SIGNATURE).exists():
-        raise InputError(
-            f"{output / SIGNATURE} would no longer hold: what verification found changes {CARD}; delete it, push, "
-            "then sign and push again"
-        )
+    require_unsigned(output, card, after.encode())
     with replaced(card) as temporary:
         temporary.write_text(after, encoding="utf-8")

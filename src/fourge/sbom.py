@@ -1,7 +1,7 @@
 """`fourge sbom`: the CycloneDX bill of materials of a checkpoint, from its `fourge.json`.
 
-A verb of its own and no option of another: it needs neither a key (as `sign`) nor the evidence (as `card`), its extra
-is its own, and it has to come before the signature that covers it.
+A verb of its own, for it needs neither a key nor the evidence; and `--sbom` of `fourge card`, which it has the licence
+from, and of `fourge sign`, whose signature covers it.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ def sbom(
     from fourge.checkpoint.folder import CARD, PROVENANCE, SBOM, regular_file
     from fourge.checkpoint.header import parse_object
     from fourge.publishing.bill_of_materials import bill_of_materials
+    from fourge.publishing.signed import require_unsigned
 
     output = Path(output)  # a script may well give a string
     path = output / PROVENANCE
@@ -48,6 +49,7 @@ def sbom(
         text = bill_of_materials(name or output.resolve().name, provenance, record, licence)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error!r}); copy it again from where it was written") from error
+    require_unsigned(output, output / SBOM, text.encode())
     with replaced(output / SBOM) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return SbomResult(output, output / SBOM, licence, len(provenance["output"]["files"]))

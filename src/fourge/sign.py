@@ -11,10 +11,11 @@ from fourge.errors import InputError
 
 @dataclass(frozen=True)
 class SignResult:
-    """The signature's file, and what it covers."""
+    """The signature's file, and what it covers. `sbom` is None unless `--sbom` wrote one."""
 
     output: Path
     signature: Path
+    sbom: Path | None
     files: int
     total_bytes: int
 
@@ -27,9 +28,10 @@ def sign(
     certificate_chain: Annotated[
         list[Path] | None, typer.Option(help="Intermediate certificates above it, PEM; may be repeated.")
     ] = None,
-    signature: Annotated[Path | None, typer.Option(help="Where to [default: OUT/model.sig].")] = None,
+    signature_file: Annotated[Path | None, typer.Option(help="Where to [default: OUT/model.sig].")] = None,
+    sbom: Annotated[bool, typer.Option("--sbom", help="Write the bill of materials first, as `fourge sbom`.")] = False,
 ) -> SignResult:
-    """Sign every file of a checkpoint, for whoever verifies with `fourge verify --public-key` or model-signing.
+    """Sign every file of a checkpoint, for whoever verifies with `fourge verify --signature` or model-signing.
 
     Sign last: whatever changes after it, the card too, breaks it. `.fourge` and the signature itself are left out.
     Nothing is asked of a network. Raises InputError for what the caller can mend.
@@ -38,16 +40,18 @@ def sign(
     from fourge.progress import announced, format_bytes
     from fourge.publishing.published_files import published_files
     from fourge.publishing.signing import open_signer, sign_files
+    from fourge.sbom import sbom as write_sbom
 
     output = Path(output)  # a script may well give a string
     if not (output / INDEX).is_file() and not (output / SINGLE).is_file():
         raise InputError(f"{output}: no finished checkpoint; give the directory that `fourge quantize` wrote")
     if certificate is None and certificate_chain:
         raise InputError("--certificate-chain: leads up from a certificate; name that one with --certificate")
-    target = output / SIGNATURE if signature is None else Path(signature)
+    target = output / SIGNATURE if signature_file is None else Path(signature_file)
     signer = open_signer(Path(key), certificate, certificate_chain or [])
+    materials = write_sbom(output).sbom if sbom else None
     files = {name: size for name, size in published_files(output).items() if output / name != target}
     files.pop(SIGNATURE, None)
     with announced(f"Signing {len(files)} files, {format_bytes(sum(files.values()))}"):
         sign_files(output, target, signer)
-    return SignResult(output, target, len(files), sum(files.values()))
+    return SignResult(output, target, materials, len(files), sum(files.values()))

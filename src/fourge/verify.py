@@ -57,13 +57,16 @@ def verify(
     num_probe_samples: Annotated[int, typer.Option(min=1, help="Sequences from --probe.")] = 8,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence from --probe, at most.")] = 512,
     seed: Annotated[int, typer.Option(help="For the choice of sequences from --probe.")] = 0,
+    signature: Annotated[
+        bool, typer.Option("--signature", help="Check the OpenSSF signature, too; either of the next two says whose.")
+    ] = False,
     public_key: Annotated[
-        Path | None, typer.Option(help="Check the OpenSSF signature: the signer's public key, PEM.")
+        Path | None, typer.Option(help="For --signature, which it implies: the signer's public key, PEM.")
     ] = None,
     certificate_chain: Annotated[
         list[Path] | None, typer.Option(help="Likewise: certificates that are trusted, PEM; may be repeated.")
     ] = None,
-    signature: Annotated[Path | None, typer.Option(help="The signature's file [default: OUT/model.sig].")] = None,
+    signature_file: Annotated[Path | None, typer.Option(help="Where it is [default: OUT/model.sig].")] = None,
     device: Annotated[str, typer.Option(help="For --deep: cpu, cuda or cuda:N; auto takes a GPU if any.")] = "auto",
     compute_dtype: Annotated[
         ComputeDtype, typer.Option(help="For --deep; auto is float32 on a CPU, bfloat16 on a GPU.")
@@ -84,14 +87,14 @@ def verify(
     output = Path(output)  # a script may well give a string
     if deep and source is None:
         raise InputError("--deep compares with the source: name it with --source")
-    if signature is not None and public_key is None and not certificate_chain:
+    if (signature or signature_file is not None) and public_key is None and not certificate_chain:
         raise InputError("--signature: whose? Name the signer's --public-key, or --certificate-chain")
     if public_key is not None and certificate_chain:
         raise InputError("--public-key and --certificate-chain: name one of them, as it was signed")
     require_quantized(output)
     signed = None
     if public_key is not None or certificate_chain:
-        signed = check_signature(output, signature, public_key, certificate_chain or [])
+        signed = check_signature(output, signature_file, public_key, certificate_chain or [])
     arithmetic = resolve_device(device, compute_dtype, threads)
     torch.set_num_threads(arithmetic.pop("threads"))
     options = DeepOptions(probe, num_probe_samples, max_seq_length, seed, **arithmetic) if deep else None

@@ -365,5 +365,7 @@ def test_the_command_line(finished: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["card", str(finished)])
     assert "not shown    Evaluation" in done.stdout
     assert "vllm serve someone/pico-NVFP4" in (finished / "README.md").read_text()
+    with_materials = CliRunner().invoke(app, ["card", str(finished), "--base-model", "someone/pico", "--sbom"])
+    assert f"{finished / 'fourge.cdx.json'}" in with_materials.stdout and (finished / "fourge.cdx.json").is_file()
     assert CliRunner().invoke(app, ["card", str(tmp_path / "nowhere")]).exit_code == 2
     assert CliRunner().invoke(app, ["card", str(finished), "--base-model", "no repository"]).exit_code == 2

@@ -1,4 +1,4 @@
-"""`fourge sign` and `fourge verify --public-key`, and OpenSSF's own command on what they wrote."""
+"""`fourge sign` and `fourge verify --signature`, and OpenSSF's own command on what they wrote."""
 
 import datetime
 import shutil
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from finished import failed, flip_bit, quantize, with_card
+from typer.testing import CliRunner
 
 import fourge
 from fourge import InputError
+from fourge.cli import app
 
 NO_ENCRYPTION = serialization.NoEncryption()
 
@@ -162,11 +165,36 @@ def test_a_private_key_in_the_published_directory_is_refused(output: Path, keys:
 
 
 def test_options_that_do_not_go_together(output: Path, keys: Path) -> None:
-    with pytest.raises(InputError, match="--signature: whose"):
-        fourge.verify(output, signature=output / "model.sig", threads=1)
+    for asked in ({"signature": True}, {"signature_file": output / "model.sig"}):
+        with pytest.raises(InputError, match="--signature: whose"):
+            fourge.verify(output, threads=1, **asked)
     with pytest.raises(InputError, match=r"rsa\.pem: cannot be read as PEM|no such|missing"):
         fourge.sign(output, key=keys / "mine.pem")
         fourge.verify(output, public_key=keys / "rsa.pem", threads=1)
+
+
+def test_the_command_lines(output: Path, keys: Path, tmp_path: Path) -> None:
+    elsewhere = str(tmp_path / "elsewhere.sig")
+    sign = ["sign", str(output), "--key", str(keys / "mine.pem"), "--signature-file", elsewhere]
+    verify = ["verify", str(output), "--signature", "--signature-file", elsewhere, "--public-key"]
+    assert CliRunner().invoke(app, sign).exit_code == 0
+    passed = CliRunner().invoke(app, [*verify, str(keys / "mine.pub"), "--threads", "1"])
+    assert passed.exit_code == 0 and "passed   signature        elsewhere.sig" in passed.stdout
+    assert CliRunner().invoke(app, [*verify, str(keys / "other.pub"), "--threads", "1"]).exit_code == 1
+    whose = CliRunner().invoke(app, ["verify", str(output), "--signature"])
+    assert whose.exit_code == 2 and "--signature: whose?" in whose.stderr
+
+
+def test_what_is_signed_is_not_written_over(output: Path, keys: Path) -> None:
+    result = fourge.sign(output, key=keys / "mine.pem", sbom=True)
+    assert result.sbom == output / "fourge.cdx.json" and not failed(output, public_key=keys / "mine.pub")
+    signed = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    fourge.sbom(output)
+    for write in (partial(fourge.sbom, name="another"), partial(fourge.page, no_histograms=True), fourge.card):
+        with pytest.raises(InputError, match=r"model\.sig would no longer hold"):
+            write(output)
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == signed
+    fourge.page(output, output=keys / "page.html", no_histograms=True)
 
 
 def test_nothing_is_asked_of_a_network(output: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:

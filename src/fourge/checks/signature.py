@@ -16,9 +16,9 @@ _OTHERS = re.compile(r"(Extra|Missing) files (?:found )?in model \\?'.*?\\?': ([
 
 
 def check_signature(
-    output: Path, signature: Path | None, public_key: Path | None, certificate_chain: Sequence[Path]
+    output: Path, signature_file: Path | None, public_key: Path | None, certificate_chain: Sequence[Path]
 ) -> Check:
-    """Whether `signature` (by default `OUT/model.sig`) is by that key, or by one that the certificates vouch for.
+    """Whether `signature_file` (by default `OUT/model.sig`) is by that key, or by one that the certificates vouch for.
 
     Either `public_key` or `certificate_chain` is there; PEM files, nothing is asked of a network. What is wrong with
     those raises InputError; what is wrong with the signature, or with a file under it, is a failure that names it.
@@ -30,7 +30,7 @@ def check_signature(
     except ImportError as error:
         raise InputError(f"--public-key, --certificate-chain: need a library; {NEEDS}") from error
 
-    signature = output / SIGNATURE if signature is None else signature
+    signature = output / SIGNATURE if signature_file is None else signature_file
     by = "certificates" if public_key is None else str(public_key)
     detail = f"{signature.name} by {by}"
     if not signature.is_file():

@@ -1,4 +1,9 @@
-"""The upload to a model hub by huggingface_hub, whose errors become one line in which no token is to be seen."""
+"""The upload to a model hub by huggingface_hub, whose errors become one line in which no token is to be seen.
+
+`upload_folder` is its resumable upload of large folders since 1.20: many commits, what arrived is not sent again. The
+older `upload_large_folder`, gone in 2.0, will not do: it tries for ever what the hub refuses, does not end on Ctrl-C,
+and remembers which files were sent but not where to, so that a second repository gets none.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourge.checkpoint.durable import replaced
-from fourge.checkpoint.folder import CARD, CARD_MARKER, SIGNATURE
+from fourge.checkpoint.folder import CARD, CARD_MARKER
 from fourge.errors import InputError
 from fourge.publishing.card_closing import acknowledgments, citation, sources
 from fourge.publishing.card_details import details
@@ -19,6 +19,7 @@ from fourge.publishing.card_scores import evaluation, fidelity
 from fourge.publishing.card_section import Section
 from fourge.publishing.card_usage import hardware, usage
 from fourge.publishing.evidence import Evidence, read_evidence
+from fourge.publishing.signed import require_unsigned
 from fourge.publishing.source_card import keep_source_card, read_source_card
 
 TEMPLATE = """\
@@ -82,8 +83,10 @@ def write_card(output: Path, options: CardOptions) -> WrittenCard:
     owner = read_owner_texts(card.source_card.ours_text, str(output / CARD))
     sections = card_sections(card)
     text = render_card(card, sections, owner)
-    _require_unsigned(output, text)
     picture = draw_picture(card.evidence, card.name)
+    require_unsigned(output, output / CARD, text.encode())
+    if picture is not None:
+        require_unsigned(output, output / PICTURE, picture)
     keep_source_card(output)
     if picture is not None:
         with replaced(output / PICTURE) as temporary:
@@ -92,14 +95,6 @@ def write_card(output: Path, options: CardOptions) -> WrittenCard:
         temporary.write_text(text, encoding="utf-8")
     missing = {section.title: section.missing for section in sections.values() if section.missing is not None}
     return WrittenCard(output / CARD, None if picture is None else output / PICTURE, missing, owner.filled)
-
-
-def _require_unsigned(output: Path, text: str) -> None:
-    """A signature covers the card: one that would no longer hold is for the owner to take away."""
-    card = output / CARD
-    signed = (output / SIGNATURE).exists()
-    if signed and not (card.is_file() and card.read_text(encoding="utf-8") == text):
-        raise InputError(f"{output / SIGNATURE} would no longer hold: delete it, write the card, then sign again")
 
 
 def card_sections(card: CardFacts) -> dict[str, Section]:

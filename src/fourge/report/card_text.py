@@ -11,6 +11,8 @@ def card_summary(result: "CardResult") -> str:
     lines = [f"{result.card}"]
     if result.picture is not None:
         lines.append(f"{result.picture}")
+    if result.sbom is not None:
+        lines.append(f"{result.sbom}")
     if result.owner_texts:
         lines.append(f"  kept         the owner's texts: {', '.join(result.owner_texts)}")
     lines += [f"  not shown    {section}: for want of {what}" for section, what in result.missing.items()]

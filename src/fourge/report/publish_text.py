@@ -31,7 +31,7 @@ def sign_summary(result: "SignResult") -> str:
     return (
         f"{result.signature}\n"
         f"  signs        {result.files} files, {format_bytes(result.total_bytes)}\n"
-        f"  check with   fourge verify {result.output} --public-key PUBLIC.pem"
+        f"  check with   fourge verify {result.output} --signature --public-key PUBLIC.pem"
     )
 
 
