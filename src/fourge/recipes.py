@@ -17,21 +17,23 @@ class Recipe:
 
 RECIPES: Mapping[RecipeName, Recipe] = {
     "fast": Recipe("search", smooth=False),
-    "balanced": Recipe("search", smooth=True),
-    "best": Recipe("gptq", smooth=True),
+    "balanced": Recipe("replay", smooth=True),
+    "best": Recipe("replay", smooth=True),
 }
-"""From figures on held-out text (`docs/methods.md`). `balanced` needs no Hessian, so it runs wherever a layer fits."""
+"""From figures on held-out text (`docs/methods.md`). `fast` needs no Hessian, so it runs wherever a layer fits."""
 
 DEFAULT: RecipeName = "balanced"
+
+WITHOUT_DATA = Recipe("search", smooth=False)
 
 
 def resolve(recipe: RecipeName | None, method: str | None, smooth: bool | None, *, has_data: bool) -> Recipe:
     """The method and whether to smooth, from what was asked for and what was left out (None).
 
     A method named alone is that method and nothing else: `--method max` is the published card's recipe. Without
-    calibration data a recipe goes as far as weights alone allow, for smoothing looks at activations.
+    calibration data a recipe goes as far as weights alone allow: searched scales, for all else looks at activations.
     """
     if recipe is None and method is not None:
         return Recipe(method, bool(smooth))
-    chosen = RECIPES[recipe or DEFAULT]
-    return Recipe(method or chosen.method, chosen.smooth and has_data if smooth is None else smooth)
+    chosen = RECIPES[recipe or DEFAULT] if has_data else WITHOUT_DATA
+    return Recipe(method or chosen.method, chosen.smooth if smooth is None else smooth)

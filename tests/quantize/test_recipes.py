@@ -26,15 +26,14 @@ def test_recipes_name_methods_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("asked", "has_data", "expected"),
     [
-        ((None, None, None), True, Recipe("search", True)),
+        ((None, None, None), True, Recipe("replay", True)),
         ((None, None, None), False, Recipe("search", False)),
-        ((None, None, False), True, Recipe("search", False)),
+        ((None, None, False), True, Recipe("replay", False)),
         ((None, "max", None), True, Recipe("max", False)),
         ((None, "max", True), True, Recipe("max", True)),
         (("fast", None, None), True, Recipe("search", False)),
-        (("best", None, None), True, Recipe("gptq", True)),
-        (("best", "replay", None), True, Recipe("replay", True)),
-        (("best", None, False), True, Recipe("gptq", False)),
+        (("best", "gptq", None), True, Recipe("gptq", True)),
+        (("best", None, None), False, Recipe("search", False)),
         # Asked for in so many words, smoothing without data is refused later, not dropped here.
         ((None, None, True), False, Recipe("search", True)),
     ],
@@ -45,6 +44,6 @@ def test_what_was_named_wins_over_the_recipe(asked: Any, has_data: bool, expecte
 
 def test_the_default_in_a_job(pico: Callable[..., Path], tmp_path: Path) -> None:
     fourge.quantize(str(pico()), tmp_path / "w4a4", calibration="random", **FEW)
-    assert settings_of(tmp_path / "w4a4") == ("search", True)
+    assert settings_of(tmp_path / "w4a4") == ("replay", True)
     fourge.quantize(str(pico()), tmp_path / "weights alone", scheme="NVFP4A16", threads=1)
     assert settings_of(tmp_path / "weights alone") == ("search", False)
