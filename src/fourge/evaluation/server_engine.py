@@ -1,6 +1,7 @@
 """The `vllm` engine: lm-eval's requests as token ids to OpenAI completions endpoints."""
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fourge.errors import InputError
 from fourge.evaluation.prompting import END_OF_THOUGHT, adds_bos, load_tokenizer
 from fourge.progress import announced
+from fourge.serving.command import API_KEY
 
 if TYPE_CHECKING:
     from fourge.evaluation.requests import Results, Role, RunLmEval
@@ -38,10 +40,14 @@ def ask_server(url: str, option: str) -> ServedModel:
     if not base.startswith(("http://", "https://")):
         raise InputError(f"{option} {url}: not a URL; write http://HOST:PORT")
     try:
-        with urllib.request.urlopen(f"{base}/v1/models", timeout=30) as response:
+        headers = {"Authorization": f"Bearer {os.environ[API_KEY]}"} if os.environ.get(API_KEY) else {}
+        request = urllib.request.Request(f"{base}/v1/models", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
             models = json.load(response)["data"]
     except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{option} {url}: no OpenAI server answers there ({error}); start `vllm serve`") from error
+        raise InputError(
+            f"{option} {url}: no OpenAI server answers there ({error}); start `vllm serve`, its key in {API_KEY}"
+        ) from error
     if len(models) != 1:
         names = ", ".join(model["id"] for model in models)
         raise InputError(f"{option} {url}: serves {len(models)} models ({names}); serve one model a server")
@@ -111,6 +117,11 @@ def _completions_class() -> Any:
         def __init__(self, chat_template_args: dict[str, Any], **options: Any) -> None:
             super().__init__(**options)
             self._chat_template_args = chat_template_args
+
+        @property
+        def api_key(self) -> str:
+            """The key that `fourge serve` takes; lm-eval would send OPENAI_API_KEY's."""
+            return os.environ.get(API_KEY, "")
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             rendered: str = self.tokenizer.apply_chat_template(
