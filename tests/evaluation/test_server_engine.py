@@ -15,6 +15,7 @@ from tiny_benchmarks import rows_of, write_jsonl
 import fourge
 from fourge.errors import InputError
 from fourge.evaluation.server_engine import ask_server
+from fourge.report.evaluate_text import evaluate_summary
 
 pytest.importorskip("lm_eval", reason="needs lm-eval; pip install 'fourge[eval]'")
 
@@ -24,7 +25,13 @@ Handler = Callable[[str, dict[str, Any] | None], dict[str, Any]]
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Handler], str]]:
+def authorizations() -> list[str | None]:
+    """What every request to `serve`'s servers was authorized by."""
+    return []
+
+
+@pytest.fixture
+def serve(authorizations: list[str | None]) -> Iterator[Callable[[Handler], str]]:
     """Serves what a function of path and body answers; gives the URL."""
     running: list[ThreadingHTTPServer] = []
 
@@ -37,6 +44,7 @@ def serve() -> Iterator[Callable[[Handler], str]]:
                 self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
             def reply(self, body: dict[str, Any] | None) -> None:
+                authorizations.append(self.headers["Authorization"])
                 content = json.dumps(answer(self.path, body)).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -128,6 +136,42 @@ def test_scores_are_those_of_the_hf_engine(
         assert row.delta is not None and row.delta.value == 0.0
         ours, theirs = (samples(tmp_path / name / "baseline", row.task) for name in ("served", "hf"))
         assert ours == [pytest.approx(values, abs=1e-4) for values in theirs]
+
+
+def test_the_key_is_sent_and_never_shown(
+    pico: Callable[..., Path],
+    serve: Callable[[Handler], str],
+    authorizations: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("tenacity", reason="needs lm-eval's api extra; pip install 'fourge[eval]'")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("VLLM_API_KEY", "open-sesame")
+    monkeypatch.setenv("OPENAI_API_KEY", "another's")
+    directory = pico("llama", max_position_embeddings=2048)
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "data" / TASKS["winogrande"] / f"{split}.jsonl", rows_of("winogrande", split))
+    server = Served(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
+    result = fourge.evaluate(
+        baseline=str(directory),
+        tasks=["winogrande"],
+        limit=2,
+        task_data=[tmp_path / "data"],
+        baseline_url=serve(server),
+        output=tmp_path / "served",
+        **SETTINGS,
+    )
+    # The models are asked for, then log-likelihoods.
+    assert len(authorizations) > 1 and set(authorizations) == {"Bearer open-sesame"}
+    shown = capfd.readouterr()
+    kept = [path.read_text() for path in (tmp_path / "served").rglob("*") if path.is_file()]
+    assert kept
+    for text in (shown.out, shown.err, caplog.text, evaluate_summary(result), *kept):
+        assert "open-sesame" not in text
 
 
 def test_a_server_that_gives_up_is_named(
