@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from card_directories import SCORES, SOURCE_CARD, change, estimate, write, write_405b
+from card_directories import SCORES, SOURCE_CARD, change, estimate, evaluation, write, write_405b
 from finished import failed, quantize
 from huggingface_hub import ModelCard, ModelCardData, metadata_eval_result
 from typer.testing import CliRunner
@@ -125,6 +125,19 @@ def test_scores_are_in_the_hubs_own_form(hermes: Path) -> None:
     assert [our_result["metrics"][0][key] for key in kept] == [their_result["metrics"][0][key] for key in kept]
 
 
+def test_both_thinking_modes_are_shown(hermes: Path) -> None:
+    """`--thinking both` keeps each in a folder of its own."""
+    for mode in ("on", "off"):
+        content = evaluation() | {"suite": None, "settings": evaluation()["settings"] | {"thinking": mode}}
+        write(hermes / f".fourge/evaluate/my_task/thinking-{mode}/evaluation.json", content)
+    write(hermes / ".fourge/evaluate/my_task/walk/evaluation.json", {"not": "ours"})
+    text = card_text(hermes)
+    titles = [line for line in text.splitlines() if line.startswith("### ")]
+    for title in ("openllm-v1", "my_task, thinking off", "my_task, thinking on"):
+        assert titles.count(f"### {title}") == 1
+    assert ".fourge/evaluate/my_task/thinking-on/evaluation.json" in text
+
+
 def test_the_datasets_id_is_from_lm_evals_results(hermes: Path) -> None:
     configs = {
         "gsm8k": {"dataset_path": "openai/gsm8k", "dataset_name": "main"},
@@ -203,11 +216,13 @@ def test_limitations_are_facts(hermes: Path) -> None:
     change(hermes / EVALUATION, ("tasks", 0, "holm_p"), 0.001)
     change(hermes / EVALUATION, ("tasks", 1, "task"), "my_own_task")
     change(hermes / EVALUATION, ("settings", "limit"), 100)
+    change(hermes / EVALUATION, ("contamination",), {"checked_against": None, "not_checked": "why", "items": {}})
     limits = card_text(hermes).partition("## Limitations")[2].partition("\n## ")[0]
     assert "at chance on winogrande" in limits
     assert "(Holm's p below 0.05): arc_challenge." in limits
     assert "tasks that cards usually report: gsm8k." in limits
     assert "the first 100 items" in limits
+    assert "openllm-v1: not checked against the calibration set" in limits
     assert "longer than 2,048 tokens was calibrated or probed, of a context of 131,072" in limits
 
 

@@ -86,5 +86,7 @@ def _of_one_evaluation(name: str, content: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: not all items of {', '.join(sorted(limits))}."
     found = content["contamination"]
     seen = sum(found["items"].values()) if found is not None else 0
+    if found is not None and found["checked_against"] is None:
+        yield f"{name}: not checked against the calibration set, whose text was not kept."
     if found is not None and seen:
         yield f"{name}: {seen} items share {found['ngram']} words in a row with the calibration set."

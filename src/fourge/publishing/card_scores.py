@@ -8,7 +8,7 @@ from fourge.progress import format_seconds
 from fourge.publishing.card_options import CardFacts
 from fourge.publishing.card_reference import Reference
 from fourge.publishing.card_section import Section, Trace
-from fourge.publishing.evidence import EVALUATIONS, StoredEvaluation
+from fourge.publishing.evidence import StoredEvaluation
 from fourge.publishing.markdown import NONE, bullets, code, estimate, percent, plain, table, without_folder
 
 _MEASURES = (
@@ -78,8 +78,7 @@ def shots(found: StoredEvaluation, task: Mapping[str, Any]) -> int | None:
 
 def _one_evaluation(found: StoredEvaluation, references: Sequence[Reference]) -> list[str]:
     content = found.content
-    thinking = content["settings"].get("thinking")
-    title = f"### {plain(found.name)}" + (f", thinking {thinking}" if thinking else "")
+    title = f"### {plain(found.name)}"
     tasks = [task | {"num_fewshot": shots(found, task)} for task in content["tasks"]]
     used = [reference for reference in references if any(task["task"] in reference.scores for task in tasks)]
     rows = [_task_row(task, used, content["settings"]) for task in tasks]
@@ -165,8 +164,7 @@ def _shared(command: str) -> str:
 
 def _traces(card: CardFacts) -> tuple[Trace, ...]:
     traces = [
-        Trace(f"scores, {plain(found.name)}", f"{EVALUATIONS}/{found.folder.name}/evaluation.json", "fourge evaluate")
-        for found in card.evidence.evaluations
+        Trace(f"scores, {plain(found.name)}", found.file, "fourge evaluate") for found in card.evidence.evaluations
     ]
     given = [Trace(f"scores, {plain(one.name)}", plain(one.file), "given by hand") for one in card.options.references]
     return (*traces, *given)

@@ -7,7 +7,7 @@ not travel with a published directory: of what only the job knows, `fourge.json`
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fourge.checkpoint.folder import CONFIG, INDEX, PROVENANCE
@@ -50,15 +50,26 @@ class LayerMeasures:
 
 @dataclass(frozen=True)
 class StoredEvaluation:
-    """One finished evaluation: its folder (samples lie in `baseline/` and `quantized/`), and `evaluation.json`."""
+    """One finished evaluation: its folder (samples lie in `baseline/` and `quantized/`), and `evaluation.json`.
+
+    `place` is the folder below `.fourge/evaluate`: the benchmark's, or in that one of its thinking mode.
+    """
 
     folder: Path
+    place: PurePosixPath
     content: Mapping[str, Any]
 
     @property
+    def file(self) -> str:
+        """Where in the checkpoint directory its figures are from."""
+        return f"{EVALUATIONS}/{self.place}/evaluation.json"
+
+    @property
     def name(self) -> str:
-        """The suite, or the folder's name where tasks were named one by one."""
-        return str(self.content["suite"] or self.folder.name)
+        """The suite, or the folder's name where tasks were named one by one; with the thinking mode, if there was."""
+        benchmark = str(self.content["suite"] or self.place.parts[0])
+        thinking = self.content["settings"].get("thinking")
+        return benchmark if thinking is None else f"{benchmark}, thinking {thinking}"
 
 
 @dataclass(frozen=True)
@@ -213,8 +224,15 @@ def read_metrics(path: Path) -> tuple[StepMetrics, ...]:
 
 
 def _read_evaluations(folder: Path) -> tuple[StoredEvaluation, ...]:
-    """Finished evaluations of ours, by folder name; one that is under way has no evaluation.json yet."""
-    found = [StoredEvaluation(path.parent, _read_object(path)) for path in sorted(folder.glob("*/evaluation.json"))]
+    """Finished evaluations of ours, by folder name; one that is under way has no evaluation.json yet.
+
+    `--thinking both` keeps each mode in a folder of its own, in the benchmark's.
+    """
+    paths = sorted(path for pattern in ("*", "*/thinking-*") for path in folder.glob(f"{pattern}/evaluation.json"))
+    found = [
+        StoredEvaluation(path.parent, PurePosixPath(path.parent.relative_to(folder)), _read_object(path))
+        for path in paths
+    ]
     for evaluation in found:
         kind = evaluation.content.get("kind")
         if kind != _EVALUATION_KIND:

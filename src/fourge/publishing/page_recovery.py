@@ -21,7 +21,7 @@ def recovery_section(evidence: Evidence) -> Section:
         command = f"fourge evaluate {name} --baseline SOURCE --suite openllm-v1"
         return missing("recovery", "Recovery", "No benchmark was run on both models", command)
     body = [_evaluation(evaluation) for evaluation in compared]
-    files = ", ".join(f".fourge/evaluate/{evaluation.folder.name}/evaluation.json" for evaluation in compared)
+    files = ", ".join(evaluation.file for evaluation in compared)
     return Section("recovery", "Recovery", _finding(compared), (body,), files)
 
 
