@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import fourge
 from fourge import InputError
 from fourge.evaluation.contamination import (
     NGRAM,
+    Contamination,
     NgramIndex,
     calibration_texts,
     check_contamination,
@@ -173,4 +175,9 @@ def test_the_warning() -> None:
     assert contamination_lines(record | {"items": {"mmlu": 0}}) == [
         "contamination: no item shares 13 words in a row with OUT"
     ]
-    assert contamination_lines(None) == contamination_lines(record | {"checked_against": None}) == []
+    assert contamination_lines(None) == []
+
+
+def test_what_was_not_checked_is_said() -> None:
+    unknown = asdict(Contamination.unknown("OUT kept no calibration tokens"))
+    assert contamination_lines(unknown) == ["contamination: not checked (OUT kept no calibration tokens)"]

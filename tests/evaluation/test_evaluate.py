@@ -287,6 +287,45 @@ def test_thinking_goes_through_the_template(
     assert prompts["thinking-on"] == prompts["thinking-off"] + "w9"
 
 
+def test_without_the_calibration_tokens_nothing_is_said_to_be_checked(bench: Bench, tmp_path: Path) -> None:
+    import shutil
+
+    from fourge.report.evaluate_text import evaluate_summary
+
+    published = shutil.copytree(bench.quantized, tmp_path / "published", ignore=shutil.ignore_patterns(".fourge"))
+    result = fourge.evaluate(
+        published,
+        tasks=["arc_challenge"],
+        limit=2,
+        engine="hf",
+        task_data=[bench.data],
+        output=tmp_path / "results",
+        **SETTINGS,
+    )
+    reason = f"{published} kept no calibration tokens in .fourge"
+    assert result.evaluations[0]["contamination"]["not_checked"] == reason
+    assert f"contamination: not checked ({reason})" in " ".join(evaluate_summary(result).split())
+
+
+def test_a_full_disk_at_the_end_is_named(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "results" / "samples"))
+
+    monkeypatch.setattr("fourge.evaluation.folder.replaced", full)
+    with pytest.raises(InputError, match="results/samples: No space left on device; make room, then the same command"):
+        fourge.evaluate(
+            baseline=str(bench.model),
+            tasks=["arc_challenge"],
+            limit=2,
+            engine="hf",
+            task_data=[bench.data],
+            output=tmp_path / "results",
+            **SETTINGS,
+        )
+
+
 def test_no_shots_need_no_data_to_draw_them_from(bench: Bench, tmp_path: Path) -> None:
     import shutil
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +31,22 @@ Hashes = NDArray[np.uint64]
 class Contamination:
     """What was found. By task: `items` that share a sequence of `ngram` words with the text of `checked_against`,
     their `doc_ids`, how many were `checked`, and how many of those are `too_short` to have such a sequence.
+
+    Where nothing could be checked, `checked_against` is None, the rest empty, and `not_checked` says why.
     """
 
     ngram: int
-    checked_against: str
+    checked_against: str | None
     items: dict[str, int]
     doc_ids: dict[str, list[int]]
     checked: dict[str, int]
     too_short: dict[str, int]
+    not_checked: str | None = None
+
+    @classmethod
+    def unknown(cls, why: str) -> Self:
+        """The record of a check that could not be made."""
+        return cls(NGRAM, None, {}, {}, {}, {}, why)
 
 
 class NgramIndex:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourge._version import __version__
+from fourge.checkpoint.durable import disk_errors_named
 from fourge.evaluation.benchmark import Benchmark
 from fourge.evaluation.comparison import Comparison, CountTokens, compare_runs
 from fourge.evaluation.engine_choice import emulated_numerics, file_bytes
@@ -19,6 +20,7 @@ from fourge.evaluation.prompting import load_tokenizer, require_chat_template, t
 from fourge.evaluation.runs import Run, open_run
 from fourge.evaluation.suites import Thinking
 from fourge.progress import announced, peak_resident_bytes
+from fourge.walk.job import FOLDER
 
 if TYPE_CHECKING:
     from fourge.evaluation.requests import Results, Role
@@ -99,6 +101,11 @@ class EvaluationRun:
         arguments = self._template_arguments()
         run_lm_eval = LmEvalRun.prepare(self.benchmark, self.computing.engine)
         answers = self._answer(run_lm_eval, arguments)
+        with disk_errors_named(self.folder):
+            return self._keep(answers, began)
+
+    def _keep(self, answers: _Answers, began: float) -> dict[str, Any]:
+        """Writes samples, results and at last `evaluation.json`, whose content it returns."""
         with announced("Comparing"):
             begin(self.folder)
             for role, results in answers.results.items():
@@ -190,13 +197,15 @@ class EvaluationRun:
         return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
 
     def _contamination(self, runs: "Mapping[Role, Run]") -> dict[str, Any] | None:
-        """Which items the quantized model was calibrated on; None where it did not keep what that was."""
-        from fourge.evaluation.contamination import NgramIndex, calibration_texts, check_contamination
+        """Which items the quantized model was calibrated on; None without one."""
+        from fourge.evaluation.contamination import Contamination, NgramIndex, calibration_texts, check_contamination
         from fourge.evaluation.samples import read_docs
 
         quantized = self.models.quantized
-        if quantized is None or not (quantized / ".fourge" / "tokens.safetensors").is_file():
+        if quantized is None:
             return None
+        if not (quantized / FOLDER / "tokens.safetensors").is_file():
+            return asdict(Contamination.unknown(f"{quantized} kept no calibration tokens in {FOLDER}"))
         samples = runs["quantized"].samples
         with announced("Looking for benchmark items in the calibration text"):
             index = NgramIndex(calibration_texts(quantized))

@@ -156,6 +156,7 @@ def _closing_lines(content: Mapping[str, Any]) -> list[str]:
     if content["macro"] is None:
         lines.append("means: none (they take two tasks that both models have, scored from 0 to 1)")
     lines += _sharing_lines(content.get("sharing"))
+    lines += _drafting_lines(content.get("drafting"))
     lines += contamination_lines(content.get("contamination"))
     if content.get("cost"):
         cost = content["cost"]
@@ -180,10 +181,30 @@ def _sharing_lines(sharing: Mapping[str, int] | None) -> list[str]:
     return [f"{walked:,} tokens computed of {asked:,} asked for ({1 - walked / asked:.0%} shared)"] if asked else []
 
 
+def _drafting_lines(drafting: Mapping[str, Any] | None) -> list[str]:
+    """How many readings of the weights each model's generated answers took, and what the drafts were worth."""
+    lines = []
+    for role, made in (drafting or {}).items():
+        if made["mean_accepted"] is None:
+            lines.append(f"{role} answers: decoded in memory, without passes over the weights")
+            continue
+        drafted = made["drafted"] / made["verified"]
+        lines.append(
+            f"{role} answers: {made['passes']} passes over the weights, drafted by {_DRAFTERS[made['drafted_by']]}; "
+            f"mean accepted length {made['mean_accepted']:.1f} of {drafted:.1f} drafted tokens a pass"
+        )
+    return lines
+
+
+_DRAFTERS = {"quantized": "the quantized model", "baseline": "the baseline", "look-up": "looking up in the text"}
+
+
 def contamination_lines(contamination: Mapping[str, Any] | None) -> list[str]:
-    """What the contamination check found, as warnings; nothing where it was not made."""
-    if contamination is None or contamination["checked_against"] is None:
+    """What the contamination check found, as warnings, or why it was not made; nothing without a quantized model."""
+    if contamination is None:
         return []
+    if contamination["checked_against"] is None:
+        return [f"contamination: not checked ({contamination['not_checked']})"]
     what = f"{contamination['ngram']} words in a row with {contamination['checked_against']}"
     found = {task: count for task, count in contamination["items"].items() if count}
     if not found:
