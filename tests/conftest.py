@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from fourge.nvfp4.backend import using
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -87,6 +89,14 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return built[key]
 
     return get
+
+
+@pytest.fixture(scope="module", params=["torch", "numba"])
+def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests once with each backend that computes on a CPU."""
+    pytest.importorskip(request.param)
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture

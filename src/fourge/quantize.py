@@ -10,7 +10,7 @@ import typer
 from fourge.progress import peak_resident_bytes
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
 from fourge.recipes import RecipeName, resolve
-from fourge.settings import ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
+from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
 
 DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
 _FEWEST_VALIDATION_SAMPLES = 8
@@ -81,6 +81,9 @@ def quantize(
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to torch.")] = 0,
+    backend: Annotated[
+        Backend, typer.Option(help="Whose NVFP4 loops compute, same bytes; auto takes fused ones where installed.")
+    ] = "auto",
     restart: Annotated[bool, typer.Option(help="Throw away what an earlier run left in the output.")] = False,
 ) -> QuantizeResult:
     """Quantize a BF16 checkpoint to NVFP4. The same command continues a run that was stopped.
@@ -91,11 +94,12 @@ def quantize(
     import torch
 
     from fourge.checkpoint.durable import disk_errors_named
-    from fourge.walk.device import resolve_device
+    from fourge.walk.device import resolve_backend, resolve_device
     from fourge.walk.resources import return_freed_layers
     from fourge.walk.run import QuantizeRun
 
     began = time.monotonic()
+    arithmetic = resolve_device(device, compute_dtype, threads)
     output = Path(output)  # a script may well give a string
     calibration = calibration or (DEFAULT_CALIBRATION if scheme == "NVFP4" else "none")
     chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
@@ -117,7 +121,8 @@ def quantize(
         seed=seed,
         input_headroom=input_headroom,
         micro_batch_tokens=micro_batch_tokens,
-        **resolve_device(device, compute_dtype, threads),
+        backend=resolve_backend(backend, arithmetic["device"]),
+        **arithmetic,
     )
     torch.set_num_threads(settings.threads)
     return_freed_layers()

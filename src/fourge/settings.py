@@ -7,12 +7,14 @@ from typing import Any, Literal
 Scheme = Literal["NVFP4", "NVFP4A16"]
 KvCacheScheme = Literal["fp8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Backend = Literal["auto", "torch", "numba", "triton"]
 
 FREE_ON_CONTINUATION: Mapping[str, str] = {
     "model": "the source may have moved; its headers are compared instead",
     "revision": "likewise",
     "device": "another device rounds sums differently; the file stays valid, byte identity needs the same device",
     "threads": "likewise: how sums are split follows the number of threads",
+    "backend": "all of them give the same bits",
 }
 """Settings that may differ when a job is continued, and why. Every other one is part of the fingerprint."""
 
@@ -41,6 +43,7 @@ class QuantizeSettings:
     compute_dtype: str
     device: str
     threads: int
+    backend: str
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values (tuples become lists)."""

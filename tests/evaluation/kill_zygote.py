@@ -19,6 +19,7 @@ import transformers.models.llama.modeling_llama
 
 from fourge.evaluation.engine import WalkEngine, WalkSettings
 from fourge.evaluation.requests import ScoreRequest, score_request
+from fourge.nvfp4.backend import choose
 
 OPERATIONS = ("fsync", "replace", "unlink", "pwrite")
 
@@ -75,6 +76,7 @@ def child(request: dict[str, Any], answer: int) -> None:
 
 def main() -> None:
     assert transformers.models.llama.modeling_llama
+    choose("torch")  # fused loops would be loaded by every child anew
     for line in sys.stdin:
         reader, writer = os.pipe()
         pid = os.fork()

@@ -12,6 +12,8 @@ from fourge.methods.scale_search import search_global_scale, search_scales
 from fourge.nvfp4.quantize import amax, dequantize_weight, global_scale, group_scales, quantize_weight
 from fourge.nvfp4.reference import ZERO_SCALE
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 
 def group_errors(weight: Tensor, scale: Tensor | float, divisor: Tensor, importance: Tensor) -> Tensor:
     """Σ h (w − ŵ)² of every group `[N, K/16]` in FP64; the step c/G is the FP32 number of the format."""

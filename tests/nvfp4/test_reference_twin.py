@@ -17,6 +17,8 @@ from fourge.nvfp4.quantize import (
     quantize_weight,
 )
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 
 def bits(x: torch.Tensor) -> list[int]:
     return x.float().contiguous().view(torch.int32).flatten().tolist()

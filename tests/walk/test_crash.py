@@ -49,6 +49,8 @@ class Zygote:
         # The methods along the curvature want more tokens than a layer has columns (96), or they fall back.
         samples = {} if method == "max" else {"num_calibration_samples": 12}
         options = OPTIONS | {"method": method, "kv_cache_scheme": kv_cache_scheme, "smooth": smooth} | samples
+        # Fused loops would be loaded by every child anew.
+        options |= {"backend": "torch"}
         request |= {"model": str(model), "output": str(output), "options": options}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()

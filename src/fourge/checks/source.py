@@ -9,7 +9,7 @@ from fourge.checkpoint.folder import CARD, has_own_card
 from fourge.checkpoint.reader import Checkpoint, require_finite
 from fourge.checks.expected import Expected
 from fourge.checks.report import Check, conclude, count
-from fourge.nvfp4.quantize import QuantizedWeight, amax, dequantize_weight, global_scale, quantize_weight
+from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight, squared_errors
 from fourge.walk.weight_error import RelativeError, row_blocks
 
 _ERROR_RATIO = 2.0
@@ -97,8 +97,8 @@ def measure_group(
                 checkpoint.read(f"{linear}.weight_scale", rows),
                 stored_divisor,
             )
-            stored.add(weight.float(), dequantize_weight(block))
-            reference.add(weight.float(), dequantize_weight(quantize_weight(weight, divisor)))
+            stored.add(*squared_errors(weight, block))
+            reference.add(*squared_errors(weight, quantize_weight(weight, divisor)))
         yield linear, stored.value, reference.value
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fourge.methods.scale_codes import SMALLEST_CODE, positive_codes, positive_scales
 from fourge.nvfp4 import e2m1
-from fourge.nvfp4.quantize import GROUP_SIZE, group_scales
+from fourge.nvfp4.backend import fused_loops
+from fourge.nvfp4.quantize import GROUP_SIZE, group_scales, sum_pairs
 from fourge.nvfp4.reference import E2M1_MAX
 
 _CODES_UP = 7
@@ -22,8 +23,9 @@ _CODES_DOWN = 4  # for every group; further down only those that may still gain
 _FIRST_NORMAL_CODE = 8  # from here on, twice a scale is eight codes up
 _BLOCK_CODES_DOWN = 8
 _GLOBAL_FACTORS = tuple(2 ** (-eighths / 8) for eighths in range(9))
+_OFFSETS = sorted(range(-_CODES_DOWN, _CODES_UP + 1), key=abs)
 _CPU_VALUES_PER_CHUNK = 2**18  # the temporaries stay in the cache
-_GPU_VALUES_PER_CHUNK = 2**25
+_FUSED_VALUES_PER_CHUNK = 2**25  # on a GPU too
 
 
 def search_scales(
@@ -65,10 +67,15 @@ def _search(
     shape = weight.shape[0], weight.shape[1] // GROUP_SIZE
     scales, errors = (torch.empty(shape, device=weight.device) for _ in range(2))
     h = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
-    values = _CPU_VALUES_PER_CHUNK if weight.device.type == "cpu" else _GPU_VALUES_PER_CHUNK
+    fused = None if blocks is not None else fused_loops(weight.device, torch.float32)
+    torch_on_cpu = fused is None and weight.device.type == "cpu"
+    values = _CPU_VALUES_PER_CHUNK if torch_on_cpu else _FUSED_VALUES_PER_CHUNK
     step = max(1, values // weight.shape[1])
     for start in range(0, shape[0], step):
         rows = slice(start, start + step)
+        if fused is not None:
+            scales[rows], errors[rows] = fused.search(weight[rows].float(), global_scale, h, _OFFSETS)
+            continue
         groups = weight[rows].float().view(-1, shape[1], GROUP_SIZE)
         if blocks is None:
             scales[rows], errors[rows] = _search_diagonal(groups, global_scale, h.view(-1, GROUP_SIZE))
@@ -81,7 +88,7 @@ def _search_diagonal(groups: Tensor, global_scale: Tensor, h: Tensor) -> tuple[T
     """Scales and errors `[n, G]` of `groups` `[n, G, 16]` with h `[G, 16]`: the optimum over all codes."""
 
     def error(scales: Tensor) -> Tensor:
-        return _residuals(groups, scales / global_scale).square_().mul_(h).sum(-1)
+        return sum_pairs(_residuals(groups, scales / global_scale).square_().mul_(h))
 
     best, least, start = _try_around(groups, global_scale, error, _CODES_DOWN)
     every_h = h.repeat(groups.shape[0], 1)
@@ -130,10 +137,11 @@ def _walk_down(groups: Tensor, h: Tensor, global_scale: Tensor, codes: Tensor, b
     while len(alive):
         codes = codes - 1
         steps = positive_scales(codes) / global_scale
-        clipped = (groups.abs() - E2M1_MAX * steps.unsqueeze(-1)).clamp_min_(0).square_().mul_(h).sum(-1)
+        clipped = (groups.abs() - E2M1_MAX * steps.unsqueeze(-1)).clamp_min_(0).square_().mul_(h)
+        clipped = sum_pairs(clipped)
         may_gain = (clipped < least[alive]) & (codes >= SMALLEST_CODE)
         alive, groups, h, codes, steps = (t[may_gain] for t in (alive, groups, h, codes, steps))
-        errors = _residuals(groups, steps).square_().mul_(h).sum(-1)
+        errors = sum_pairs(_residuals(groups, steps).square_().mul_(h))
         better = errors < least[alive]
         best[alive[better]] = positive_scales(codes[better])
         least[alive[better]] = errors[better]

@@ -1,7 +1,8 @@
 """Weights to NVFP4 and back, and activations as engines quantize them at run time.
 
 All arithmetic is FP32, in the order of compressed-tensors, so that bytes can be compared. Rows are worked on in
-blocks that fit the cache; no row looks at another, so blocks change nothing in the result.
+blocks that fit the cache; no row looks at another, so blocks change nothing in the result. Where fused loops are
+installed (`backend.py`) they do the same, faster, to the bit.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fourge.nvfp4 import e2m1, e4m3
+from fourge.nvfp4.backend import fused_loops
 from fourge.nvfp4.reference import E2M1_MAX, GLOBAL_RANGE, ZERO_SCALE
 
 GROUP_SIZE = 16
@@ -64,6 +66,9 @@ def quantize_weight(weight: Tensor, global_scale: Tensor, scales: Tensor | None 
     `scales` `[N, K/16]` are values on E4M3's positive grid; None takes the max-calibrated ones.
     """
     rows, columns = weight.shape
+    fused = fused_loops(weight.device, weight.dtype)
+    if fused is not None:
+        return QuantizedWeight(*fused.encode(weight, global_scale, scales), global_scale.reshape(1))
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // GROUP_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
     for block in _row_blocks(rows, columns, weight.device):
@@ -79,6 +84,9 @@ def quantize_weight(weight: Tensor, global_scale: Tensor, scales: Tensor | None 
 def dequantize_weight(weight: QuantizedWeight, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
     """`e2m1 · (scale / global_scale)` for `rows` of a weight, `[n, K]`: computed in FP32, then cast to `dtype`."""
     packed, scale = weight.packed[rows], weight.scale[rows]
+    fused = fused_loops(packed.device, dtype)
+    if fused is not None:
+        return fused.decode(packed, scale, weight.global_scale, dtype)
     count, columns = packed.shape[0], 2 * packed.shape[1]
     table = e2m1.byte_values(packed.device).view(torch.int64).flatten()  # a pair of FP32 values moves as one number
     result = torch.empty(count, columns, dtype=dtype, device=packed.device)
@@ -96,6 +104,9 @@ def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
     `global_scale` is the input's divisor, FP32 `[]` or `[1]`. Values beyond its range saturate.
     """
     flat = x.reshape(-1, x.shape[-1])
+    fused = fused_loops(x.device, x.dtype)
+    if fused is not None:
+        return fused.fake_quantize(flat, global_scale).view(x.shape)
     result = torch.empty_like(flat)
     for block in _row_blocks(flat.shape[0], flat.shape[1], flat.device):
         values = flat[block].float()
@@ -103,6 +114,27 @@ def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
         rounded = e2m1.round(_groups(values) / scales)
         result[block] = rounded.mul_(scales).flatten(-2)
     return result.view(x.shape)
+
+
+def squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Σ (ŵ − w)² and Σ w² over each group of `weight` `[N, K]`, any float dtype, both FP32 `[N, K/16]`."""
+    fused = fused_loops(weight.device, weight.dtype)
+    if fused is not None:
+        return fused.squared_errors(weight, quantized.packed, quantized.scale, quantized.global_scale)
+    errors, norms = (torch.empty(quantized.scale.shape, device=weight.device) for _ in range(2))
+    for block in _row_blocks(*quantized.shape, weight.device):
+        source = weight[block].float()
+        difference = dequantize_weight(quantized, block).sub_(source)
+        errors[block] = sum_pairs(_groups(difference.square_()))
+        norms[block] = sum_pairs(_groups(source.square()))
+    return errors, norms
+
+
+def sum_pairs(x: Tensor) -> Tensor:
+    """Sums along the last dimension, a power of two: of pairs, of pairs of pairs, and so on; the same on any device."""
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x.squeeze(-1)
 
 
 def _groups(x: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Where a walk computes, in what arithmetic, with how many threads."""
+"""Where a walk computes, in what arithmetic, with how many threads and whose loops."""
 
 from typing import Any
 
 import torch
 
 from fourge.errors import InputError
-from fourge.settings import ComputeDtype
+from fourge.nvfp4 import backend as backends
+from fourge.settings import Backend, ComputeDtype
 
 
 def resolve_device(device: str, compute_dtype: ComputeDtype, threads: int) -> dict[str, Any]:
@@ -23,3 +24,13 @@ def resolve_device(device: str, compute_dtype: ComputeDtype, threads: int) -> di
     if compute_dtype == "auto":
         compute_dtype = "float32" if kind == "cpu" else "bfloat16"
     return {"device": device, "compute_dtype": compute_dtype, "threads": threads or torch.get_num_threads()}
+
+
+def resolve_backend(backend: Backend, device: str) -> str:
+    """`auto` resolved for a resolved `device`, and taken for this process; InputError where it cannot be."""
+    try:
+        resolved = backends.resolve(backend, torch.device(device).type)
+    except ValueError as error:
+        raise InputError(f"--backend {backend} {error}") from error
+    backends.choose(resolved)
+    return resolved

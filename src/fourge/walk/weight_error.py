@@ -1,13 +1,13 @@
-"""How far a quantized weight is from its source: ‖Ŵ − W‖ / ‖W‖, the Frobenius norms summed in FP64."""
+"""How far a quantized weight is from its source: ‖Ŵ − W‖ / ‖W‖, the groups' squares summed in FP64."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight
+from fourge.nvfp4.quantize import QuantizedWeight, squared_errors
 
-_BLOCK_VALUES = 512 << 10
+_BLOCK_VALUES = 4 << 20
 
 
 class RelativeError:
@@ -17,10 +17,10 @@ class RelativeError:
         self._difference = torch.zeros((), dtype=torch.float64)
         self._norm = torch.zeros((), dtype=torch.float64)
 
-    def add(self, source: Tensor, quantized: Tensor) -> None:
-        """Takes a block: rows of W and of Ŵ, both FP32 `[n, K]`."""
-        self._difference += (quantized - source).square().sum(dtype=torch.float64).cpu()
-        self._norm += source.square().sum(dtype=torch.float64).cpu()
+    def add(self, differences: Tensor, squares: Tensor) -> None:
+        """Takes a block's Σ (ŵ − w)² and Σ w² by group, as `squared_errors` gives them."""
+        self._difference += differences.sum(dtype=torch.float64).cpu()
+        self._norm += squares.sum(dtype=torch.float64).cpu()
 
     @property
     def value(self) -> float:
@@ -31,7 +31,7 @@ class RelativeError:
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of rows that cover a weight of `shape` `[N, K]`, each of about half a million values."""
+    """Slices of rows that cover a weight of `shape` `[N, K]`, each of about four million values."""
     step = max(1, _BLOCK_VALUES // shape[1])
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
@@ -41,5 +41,6 @@ def relative_weight_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     """‖Ŵ − W‖ / ‖W‖ for `weight` `[N, K]`."""
     error = RelativeError()
     for rows in row_blocks(tuple(weight.shape)):
-        error.add(weight[rows].float(), dequantize_weight(quantized, rows))
+        part = QuantizedWeight(quantized.packed[rows], quantized.scale[rows], quantized.global_scale)
+        error.add(*squared_errors(weight[rows], part))
     return error.value

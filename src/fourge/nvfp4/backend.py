@@ -1,0 +1,90 @@
+"""Which loops compute: torch's on any device, or fused ones where they are installed. All give the same bits.
+
+`quantize.py` and `methods/scale_search.py` hold the torch code, which says what is computed; a fused backend is a
+module with the functions of `FusedLoops`. `auto` is the fused one for a tensor's device, numba on a CPU and Triton on
+CUDA, if its package can be imported. FP16 goes through torch: only sources in FP16 hold it.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+FUSED = {"cpu": "numba", "cuda": "triton"}
+"""Device type → the backend that has loops for it."""
+
+_FUSED_DTYPES = (torch.bfloat16, torch.float32)
+_chosen = "auto"
+
+
+class FusedLoops(Protocol):
+    """What a backend computes; tensors of one device, `global_scale` FP32 `[]` or `[1]`, K a multiple of 16."""
+
+    def encode(self, weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`packed` and `scale` of `quantize_weight`."""
+
+    def decode(self, packed: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `dequantize_weight`."""
+
+    def fake_quantize(self, x: Tensor, global_scale: Tensor) -> Tensor:
+        """See `quantize.fake_quantize`; `x` `[T, K]`."""
+
+    def squared_errors(
+        self, weight: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `quantize.squared_errors`."""
+
+    def search(self, weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
+        """Best scales of FP32 `weight` under `h` `[K]` and what they err, FP32 `[N, K/16]`: `scale_search.py`."""
+
+
+def resolve(name: str, device_type: str) -> str:
+    """`auto` resolved for a device; ValueError where the backend `name` has no loops for it or is not installed."""
+    fused = FUSED.get(device_type, "torch")
+    if name == "auto":
+        return fused if _installed(fused) else "torch"
+    if name not in ("torch", fused):
+        raise ValueError(f"has no loops for {device_type}; use {fused}, torch or auto")
+    if not _installed(name):
+        raise ValueError(f"is not installed; pip install '{name}', or use torch")
+    return name
+
+
+def choose(name: str) -> None:
+    """Takes a backend for the rest of the process."""
+    global _chosen
+    _chosen = name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Takes a backend for a while."""
+    before = _chosen
+    choose(name)
+    try:
+        yield
+    finally:
+        choose(before)
+
+
+def fused_loops(device: torch.device, dtype: torch.dtype) -> FusedLoops | None:
+    """The fused loops for tensors of `dtype` on `device`; None where torch's own are to be used."""
+    if _chosen == "torch" or dtype not in _FUSED_DTYPES:
+        return None
+    name = resolve(_chosen, device.type)
+    return None if name == "torch" else _loops(name)
+
+
+@cache
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@cache
+def _loops(name: str) -> FusedLoops:
+    return cast(FusedLoops, importlib.import_module(f"fourge.nvfp4.{name}_loops"))

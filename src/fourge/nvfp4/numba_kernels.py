@@ -1,0 +1,347 @@
+"""NVFP4's loops for a CPU, fused: every value is read once, and what lies between stays in the first cache (numba).
+
+The same FP32 operations in the same order as the tensor code in `quantize.py` and `scale_search.py`, so the same
+bits: no fused multiply-add, no reciprocals, sums of 16 by pairs. A kernel works on rows `start … stop` of contiguous
+arrays; BF16 comes and goes as its bits, uint16, anything else as FP32. Rows know nothing of each other, and the GIL
+is released, so rows may be split over threads.
+
+Written for the compiler's vectorizer: inner loops start at 0, run over one-dimensional buffers, and are not unrolled
+(hence `group`, always 16 and yet an argument). Numba takes a bare 6 for an int64 and 6.0 for a float64, and would
+compute in those; hence the constants.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from fourge.nvfp4.reference import E2M1_MAX, E4M3_MAX, ZERO_SCALE, e4m3_encode
+
+LANES = 32
+"""Groups that are searched side by side: several vector registers full, and all of it within the first cache."""
+
+_ZERO, _HALF, _TWO, _FOUR, _SIX = (np.float32(x) for x in (0, 0.5, 2, 4, E2M1_MAX))
+_INFINITY_BITS = np.int32(0x7F800000)
+
+# To add one of these rounds to a multiple of ½, 1 or 2, ties to even, for that is the distance of FP32 numbers there;
+# the last three bits of the sum are E2M1's index, hence the 2 and the 4 steps on top.
+_TO_HALVES, _TO_ONES, _TO_TWOS = (np.float32(x) for x in (2.0**22, 2.0**23 + 2, 2.0**24 + 8))
+
+_E4M3_MAX, _E4M3_NORMAL, _E4M3_STEP = (np.float32(x) for x in (E4M3_MAX, 2.0**-6, 2.0**-9))
+_TO_E4M3_STEPS = np.float32(2.0**14)
+_E4M3_SHIFT = np.int32(20)  # FP32 has 20 mantissa bits more,
+_E4M3_BIAS = np.int32(120 << 3)  # and an exponent that is 120 larger
+_SMALLEST, _FIRST_NORMAL, _LARGEST = np.int32(1), np.int32(8), np.int32(126)
+_ZERO_SCALE = np.int32(e4m3_encode(ZERO_SCALE))
+
+# Division by zero gives IEEE's answer: raising instead would be a branch in every loop.
+_inlined = njit(error_model="numpy", nogil=True)
+_kernel = njit(error_model="numpy", nogil=True, cache=True)
+
+
+@_inlined
+def _bits(x):
+    return np.float32(x).view(np.int32)
+
+
+@_inlined
+def _from_bits(bits):
+    return np.int32(bits).view(np.float32)
+
+
+def _load(row, values):
+    """A row as FP32."""
+    raise NotImplementedError
+
+
+@overload(_load)
+def _load_as(row, values):
+    def from_bf16(row, values):
+        for k in range(len(values)):
+            values[k] = _from_bits(np.int32(row[k]) << np.int32(16))
+
+    def from_fp32(row, values):
+        for k in range(len(values)):
+            values[k] = row[k]
+
+    return from_bf16 if row.dtype == types.uint16 else from_fp32
+
+
+def _store(values, row):
+    """A row of FP32 values; BF16's bits are rounded to the nearest, ties to even, and NaN stays NaN."""
+    raise NotImplementedError
+
+
+@overload(_store)
+def _store_as(values, row):
+    def to_bf16(values, row):
+        for k in range(len(values)):
+            bits = _bits(values[k])
+            rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+            nan = (bits & np.int32(0x7FFFFFFF)) > _INFINITY_BITS
+            row[k] = np.uint16((np.int32(0x7FC0) if nan else rounded) & np.int32(0xFFFF))
+
+    def to_fp32(values, row):
+        for k in range(len(values)):
+            row[k] = values[k]
+
+    return to_bf16 if row.dtype == types.uint16 else to_fp32
+
+
+@_inlined
+def _rounder(magnitude):
+    """What rounds a number of at most 6 to E2M1 when it is added."""
+    return _TO_HALVES if magnitude < _TWO else (_TO_ONES if magnitude < _FOUR else _TO_TWOS)
+
+
+@_inlined
+def _e4m3_code(x):
+    """The code of the E4M3 value nearest to `x`, which is not negative."""
+    subnormal = _bits(x + _TO_E4M3_STEPS) & np.int32(15)
+    bits = _bits(min(x, _E4M3_MAX))
+    normal = ((bits + np.int32(0x7FFFF) + ((bits >> _E4M3_SHIFT) & np.int32(1))) >> _E4M3_SHIFT) - _E4M3_BIAS
+    return subnormal if x < _E4M3_NORMAL else normal
+
+
+@_inlined
+def _e4m3_value(code):
+    return np.float32(code) * _E4M3_STEP if code < _FIRST_NORMAL else _from_bits((code + _E4M3_BIAS) << _E4M3_SHIFT)
+
+
+@_inlined
+def _max_scale_code(largest, global_scale):
+    """The max-calibrated scale of a group whose largest magnitude is `largest`, as a code."""
+    code = _e4m3_code(global_scale * (largest / _SIX))
+    return _ZERO_SCALE if code == np.int32(0) else code
+
+
+@_inlined
+def _largest_bits(values, first, count):
+    """The largest magnitude of `count` values from `first` on, as bits, which order as magnitudes do, NaN last."""
+    largest = np.int32(0)
+    for j in range(count):
+        largest = max(largest, _bits(values[first + j]) & np.int32(0x7FFFFFFF))
+    return largest
+
+
+@_kernel
+def encode(
+    weight: Any, global_scale: np.float32, scales: Any, packed: Any, codes: Any, group: int, start: int, stop: int
+) -> None:
+    """Rounds `weight` `[N, K]` into `packed` uint8 `[N, K/2]` and the scales' codes, uint8 `[N, K/16]`.
+
+    `scales` FP32 `[N, K/16]`; an empty one asks for the max-calibrated ones.
+    """
+    values, nibbles = np.empty(weight.shape[1], np.float32), np.empty(weight.shape[1], np.uint8)
+    for n in range(start, stop):
+        _load(weight[n], values)
+        for g in range(codes.shape[1]):
+            first = g * group
+            if len(scales) == 0:
+                code = _max_scale_code(_from_bits(_largest_bits(values, first, group)), global_scale)
+            else:
+                code = _e4m3_code(scales[n, g])
+            codes[n, g] = code
+            step = _e4m3_value(code) / global_scale
+            for j in range(group):
+                scaled = values[first + j] / step
+                magnitude = min(abs(scaled), _SIX)
+                index = _bits(magnitude + _rounder(magnitude)) & np.int32(7)
+                nibbles[first + j] = np.uint8(index | (np.int32(8) if scaled < _ZERO else np.int32(0)))
+        pairs = packed[n]
+        for pair in range(len(pairs)):
+            pairs[pair] = nibbles[2 * pair] | (nibbles[2 * pair + 1] << np.uint8(4))
+
+
+@_inlined
+def _restore(packed, codes, global_scale, nibbles, values, group):
+    """A row's `e2m1 · (scale / global_scale)`, FP32 `[K]`."""
+    for pair in range(len(packed)):
+        nibbles[2 * pair] = packed[pair] & np.uint8(15)
+        nibbles[2 * pair + 1] = packed[pair] >> np.uint8(4)
+    for g in range(len(codes)):
+        first = g * group
+        step = _e4m3_value(np.int32(codes[g])) / global_scale
+        for j in range(group):
+            nibble = np.int32(nibbles[first + j])
+            index = nibble & np.int32(7)
+            large = _from_bits((index << np.int32(22)) + np.int32(126 << 23))
+            magnitude = np.float32(index) * _HALF if index < np.int32(2) else large
+            values[first + j] = (-magnitude if nibble > np.int32(7) else magnitude) * step
+
+
+@_kernel
+def decode(packed: Any, codes: Any, global_scale: np.float32, result: Any, group: int, start: int, stop: int) -> None:
+    """`e2m1 · (scale / global_scale)` into `result` `[N, K]`."""
+    values, nibbles = np.empty(result.shape[1], np.float32), np.empty(result.shape[1], np.uint8)
+    for n in range(start, stop):
+        _restore(packed[n], codes[n], global_scale, nibbles, values, group)
+        _store(values, result[n])
+
+
+@_kernel
+def fake_quantize(x: Any, global_scale: np.float32, result: Any, group: int, start: int, stop: int) -> None:
+    """`x` `[T, K]` quantized and back into `result`, of the same kind; a group with a NaN becomes NaN."""
+    values = np.empty(x.shape[1], np.float32)
+    for n in range(start, stop):
+        _load(x[n], values)
+        for g in range(len(values) // group):
+            first = g * group
+            bits = _largest_bits(values, first, group)
+            step = _e4m3_value(_max_scale_code(_from_bits(bits), global_scale)) / global_scale
+            if bits > _INFINITY_BITS:
+                step = np.float32(np.nan)
+            for j in range(group):
+                scaled = values[first + j] / step
+                magnitude = min(abs(scaled), _SIX)
+                rounder = _rounder(magnitude)
+                rounded = ((magnitude + rounder) - rounder) * step
+                values[first + j] = -rounded if scaled < _ZERO else rounded
+        _store(values, result[n])
+
+
+@_inlined
+def _sum_errors(magnitudes, h, steps, terms):
+    """Leaves Σ h (ŵ − w)² of each lane in `terms[0]`; all are `[16, lanes]`, `steps` `[lanes]`. Signs do not matter."""
+    for j in range(16):
+        for lane in range(len(steps)):
+            scaled = min(magnitudes[j, lane] / steps[lane], _SIX)
+            rounder = _rounder(scaled)
+            residual = ((scaled + rounder) - rounder) * steps[lane] - magnitudes[j, lane]
+            terms[j, lane] = residual * residual * h[j, lane]
+    _sum_pairs(terms)
+
+
+@_inlined
+def _sum_clipping(magnitudes, h, steps, terms):
+    """Leaves Σ h max(|w| − 6 step, 0)² of each lane in `terms[0]`."""
+    for j in range(16):
+        for lane in range(len(steps)):
+            above = max(magnitudes[j, lane] - _SIX * steps[lane], _ZERO)
+            terms[j, lane] = above * above * h[j, lane]
+    _sum_pairs(terms)
+
+
+@_inlined
+def _sum_pairs(terms):
+    """Sums of pairs, of pairs of pairs, and so on, for each lane of `[16, lanes]`."""
+    count = 8
+    while count:
+        for j in range(count):
+            for lane in range(terms.shape[1]):
+                terms[j, lane] = terms[2 * j, lane] + terms[2 * j + 1, lane]
+        count //= 2
+
+
+@_inlined
+def _try_codes(codes, alive, first, global_scale, magnitudes, h, steps, terms, best, least):
+    """Takes the code of each lane that is `alive` where it errs less than the best so far, or is the `first`."""
+    _set_steps(codes, global_scale, steps)
+    _sum_errors(magnitudes, h, steps, terms)
+    for lane in range(LANES):
+        better = alive[lane] & (first | (terms[0, lane] < least[lane]))
+        best[lane] = codes[lane] if better else best[lane]
+        least[lane] = terms[0, lane] if better else least[lane]
+
+
+@_inlined
+def _set_steps(codes, global_scale, steps):
+    for lane in range(LANES):
+        steps[lane] = _e4m3_value(codes[lane]) / global_scale
+
+
+@_kernel
+def search(
+    weight: Any, global_scale: np.float32, h: Any, offsets: Any, scales: Any, errors: Any, start: int, stop: int
+) -> None:
+    """The best scales of FP32 `weight` `[N, K]` and what they err, both FP32 `[N, K/16]`: see `scale_search.py`.
+
+    `h` FP32 `[chunks, 16, LANES]`, the groups' weights a lane each; `offsets` int32, what to try around the start, in
+    order, the max scale itself before them. All lanes go down together until none of them may gain; the last chunk's
+    lanes beyond K/16 compute with zeros and are left out.
+    """
+    values = np.zeros(len(h) * LANES * 16, np.float32)
+    magnitudes, terms = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
+    steps, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    begin, codes, best = np.empty(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    alive = np.empty(LANES, np.bool_)
+    trials = len(offsets) + 1
+    lowest = offsets.min()
+    for n in range(start, stop):
+        values[: weight.shape[1]] = weight[n]
+        for chunk in range(len(h)):
+            weights = h[chunk]
+            for lane in range(LANES):
+                for j in range(16):
+                    magnitudes[j, lane] = abs(values[(chunk * LANES + lane) * 16 + j])
+            for lane in range(LANES):
+                largest = magnitudes[0, lane]
+                for j in range(1, 16):
+                    largest = max(largest, magnitudes[j, lane])
+                codes[lane] = _max_scale_code(largest, global_scale)
+                begin[lane] = max(codes[lane], _FIRST_NORMAL)
+                best[lane] = codes[lane]
+                least[lane] = _ZERO
+                alive[lane] = True
+            going = True
+            trial = 0
+            while going:
+                if 0 < trial < trials:
+                    for lane in range(LANES):
+                        codes[lane] = min(max(begin[lane] + offsets[trial - 1], _SMALLEST), _LARGEST)
+                elif trial >= trials:
+                    going = False
+                    for lane in range(LANES):
+                        below = begin[lane] + lowest - np.int32(trial - trials + 1)
+                        alive[lane] &= below >= _SMALLEST
+                        codes[lane] = max(below, _SMALLEST)
+                    _set_steps(codes, global_scale, steps)
+                    _sum_clipping(magnitudes, weights, steps, terms)
+                    for lane in range(LANES):
+                        alive[lane] &= terms[0, lane] < least[lane]
+                        going |= alive[lane]
+                _try_codes(codes, alive, trial == 0, global_scale, magnitudes, weights, steps, terms, best, least)
+                trial += 1
+            for lane in range(min(LANES, scales.shape[1] - chunk * LANES)):
+                scales[n, chunk * LANES + lane] = _e4m3_value(best[lane])
+                errors[n, chunk * LANES + lane] = least[lane]
+
+
+@_kernel
+def squared_errors(
+    weight: Any,
+    packed: Any,
+    codes: Any,
+    global_scale: np.float32,
+    errors: Any,
+    norms: Any,
+    group: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Σ (ŵ − w)² and Σ w² of every group of `weight` `[N, K]`, both FP32 `[N, K/16]`."""
+    columns = weight.shape[1]
+    values, restored = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    nibbles = np.empty(columns, np.uint8)
+    for n in range(start, stop):
+        _load(weight[n], values)
+        _restore(packed[n], codes[n], global_scale, nibbles, restored, group)
+        for k in range(columns):
+            difference = restored[k] - values[k]
+            restored[k] = difference * difference
+            values[k] = values[k] * values[k]
+        _sum_row(restored, errors[n])
+        _sum_row(values, norms[n])
+
+
+@_inlined
+def _sum_row(terms, sums):
+    """The sums of every 16 of `terms`, by pairs; `terms` are overwritten."""
+    count = len(terms)
+    for _ in range(4):
+        count //= 2
+        for i in range(count):
+            terms[i] = terms[2 * i] + terms[2 * i + 1]
+    for g in range(len(sums)):
+        sums[g] = terms[g]

@@ -1,0 +1,94 @@
+"""The fused loops on CPU tensors: hands their memory to numba's kernels, rows split over torch's number of threads."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourge.nvfp4 import numba_kernels as kernels
+
+_GROUP_SIZE = 16
+_FEWEST_VALUES = 1 << 18
+"""A thread is started for no fewer: it costs as much as working through 50 k."""
+
+_PARTS_PER_THREAD = 4  # one that is held up leaves the rest to the others
+
+
+def encode(weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `FusedLoops`."""
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    codes = torch.empty(rows, columns // _GROUP_SIZE, dtype=torch.uint8)
+    given = np.empty((0, 0), np.float32) if scales is None else _array(scales.float())
+    arguments = _array(weight), _number(global_scale), given, packed.numpy(), codes.numpy(), _GROUP_SIZE
+    _by_rows(kernels.encode, rows, columns, *arguments)
+    return packed, codes.view(torch.float8_e4m3fn)
+
+
+def decode(packed: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `FusedLoops`."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    result = torch.empty(rows, columns, dtype=dtype)
+    arguments = _array(packed), _codes(scale), _number(global_scale), _array(result), _GROUP_SIZE
+    _by_rows(kernels.decode, rows, columns, *arguments)
+    return result
+
+
+def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
+    """See `FusedLoops`."""
+    x = x.contiguous()
+    result = torch.empty_like(x)
+    _by_rows(kernels.fake_quantize, *x.shape, _array(x), _number(global_scale), _array(result), _GROUP_SIZE)
+    return result
+
+
+def squared_errors(weight: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See `FusedLoops`."""
+    errors, norms = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
+    arguments = _array(weight), _array(packed), _codes(scale), _number(global_scale), errors.numpy(), norms.numpy()
+    _by_rows(kernels.squared_errors, *weight.shape, *arguments, _GROUP_SIZE)
+    return errors, norms
+
+
+def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
+    """See `FusedLoops`."""
+    groups = weight.shape[1] // _GROUP_SIZE
+    scales, errors = (torch.empty(weight.shape[0], groups) for _ in range(2))
+    lanes = kernels.LANES
+    padded = torch.zeros(-(-groups // lanes) * lanes, _GROUP_SIZE)
+    padded[:groups] = h.view(groups, _GROUP_SIZE)
+    h_by_lane = padded.view(-1, lanes, _GROUP_SIZE).transpose(1, 2).contiguous()
+    arguments = _array(weight), _number(global_scale), h_by_lane.numpy(), np.array(offsets, np.int32)
+    _by_rows(kernels.search, *weight.shape, *arguments, scales.numpy(), errors.numpy())
+    return scales, errors
+
+
+def _array(x: Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a tensor, BF16 as uint16; copied only where it is not contiguous."""
+    x = x.detach().contiguous()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _codes(scale: Tensor) -> np.ndarray[Any, Any]:
+    return _array(scale.contiguous().view(torch.uint8))
+
+
+def _number(x: Tensor) -> np.float32:
+    return np.float32(x.item())
+
+
+def _by_rows(kernel: Callable[..., None], rows: int, columns: int, *arguments: Any) -> None:
+    """Runs a kernel over all rows. Threads live for one call: a pool kept would be missing in a forked process."""
+    threads = min(torch.get_num_threads(), rows, rows * columns // _FEWEST_VALUES)
+    if threads < 2:
+        kernel(*arguments, 0, rows)
+        return
+    bounds = np.linspace(0, rows, _PARTS_PER_THREAD * threads + 1, dtype=int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [pool.submit(kernel, *arguments, first, last) for first, last in pairwise(bounds)]
+        for part in parts:
+            part.result()

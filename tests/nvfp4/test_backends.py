@@ -1,0 +1,146 @@
+"""Every backend against every other, bit for bit: whatever one computes, the others do."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourge.methods.scale_search import _search
+from fourge.nvfp4 import backend
+from fourge.nvfp4.quantize import (
+    QuantizedWeight,
+    amax,
+    dequantize_weight,
+    fake_quantize,
+    global_scale,
+    quantize_weight,
+    squared_errors,
+)
+
+PAIRS = list(itertools.combinations(["torch", "numba"], 2))
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+
+
+def weights() -> dict[str, Tensor]:
+    """FP32, of odd shapes and with every kind of group."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    heavy = normal(33, 1040) * torch.exp(3 * normal(33, 1040))
+    sparse = normal(7, 96) * (normal(7, 96) > 1)
+    uneven = normal(5, 1600) * torch.exp2((20 * normal(5, 100)).round()).repeat_interleave(16, 1)
+    return {
+        "normal": normal(64, 512),
+        "heavy tails": heavy.clamp(-6e4, 6e4),
+        "sparse": sparse,
+        "uneven groups": uneven.clamp(-6e4, 6e4),
+        "one group": normal(1, 16),
+        "on the grid": torch.randint(-12, 13, (9, 64), generator=generator) / 2,
+        "zero": torch.zeros(3, 32),
+    }
+
+
+def bits(tensors: tuple[Tensor, ...]) -> list[bytes]:
+    return [bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes()) for tensor in tensors]
+
+
+def everything(weight: Tensor, divisor: Tensor, importance: Tensor) -> list[bytes]:
+    """What a backend makes of a weight, all of it."""
+    plain = quantize_weight(weight, divisor)
+    results: list[Tensor] = []
+    for h in (None, importance):
+        scales, errors = _search(weight, divisor, h, None)
+        searched = quantize_weight(weight, divisor, scales)
+        results += [scales, errors, searched.packed, searched.scale, *squared_errors(weight, searched)]
+    results += [plain.packed, plain.scale, *squared_errors(weight, plain), fake_quantize(weight, divisor)]
+    results += [fake_quantize(weight, divisor * 3)]  # the largest groups saturate
+    results += [dequantize_weight(plain, dtype=dtype) for dtype in DTYPES]
+    results += [dequantize_weight(plain, slice(1, None)), fake_quantize(weight[:, :16], divisor)]
+    return bits(tuple(results))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", weights())
+def test_backends_agree(name: str, dtype: torch.dtype, pair: tuple[str, str]) -> None:
+    for needed in pair:
+        pytest.importorskip(needed)
+    weight = weights()[name].to(dtype)
+    divisor = global_scale(amax(weight)).reshape(1)
+    generator = torch.Generator().manual_seed(4)
+    importance = torch.exp(2 * torch.randn(weight.shape[1], generator=generator))
+    importance[::7] = 0
+    results = []
+    for one in pair:
+        with backend.using(one):
+            results.append(everything(weight, divisor, importance))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_not_a_number_spoils_its_group_alone(dtype: torch.dtype, every_backend: str) -> None:
+    x = torch.ones(2, 48, dtype=dtype)
+    x[1, 20] = torch.nan
+    quantized = fake_quantize(x, torch.tensor(448.0))
+    assert quantized.isnan().nonzero().tolist() == [[1, k] for k in range(16, 32)]
+
+
+def test_threads_change_nothing(every_backend: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(300, 4096, generator=generator).bfloat16()
+    divisor = global_scale(amax(weight))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            quantized = quantize_weight(weight, divisor)
+            parts = quantized.packed, quantized.scale, dequantize_weight(quantized), fake_quantize(weight, divisor)
+            results.append(bits(parts))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1]
+
+
+def test_memory_that_is_not_contiguous(every_backend: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    turned = torch.randn(64, 32, generator=generator).T
+    divisor = global_scale(amax(turned))
+    one, other = quantize_weight(turned, divisor), quantize_weight(turned.contiguous(), divisor)
+    assert bits((one.packed, one.scale)) == bits((other.packed, other.scale))
+    assert fake_quantize(turned, divisor).equal(fake_quantize(turned.contiguous(), divisor))
+    every_other = QuantizedWeight(one.packed[::2], one.scale[::2], one.global_scale)
+    assert dequantize_weight(every_other).equal(dequantize_weight(one)[::2])
+
+
+def test_what_cannot_compute_is_refused() -> None:
+    assert backend.resolve("torch", "cuda") == "torch"
+    with pytest.raises(ValueError, match="no loops for cpu"):
+        backend.resolve("triton", "cpu")
+    with pytest.raises(ValueError, match="no loops for cuda"):
+        backend.resolve("numba", "cuda")
+
+
+def test_without_numba_torch_computes() -> None:
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch
+from fourge.nvfp4 import backend
+from fourge.nvfp4.quantize import quantize_weight
+assert backend.resolve("auto", "cpu") == "torch"
+try:
+    backend.resolve("numba", "cpu")
+except ValueError as error:
+    assert "not installed" in str(error)
+else:
+    raise AssertionError
+quantize_weight(torch.ones(1, 16), torch.tensor(1.0))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
