@@ -9,7 +9,7 @@ MODELOPT := .venv-modelopt
 AUTOROUND := .venv-autoround
 VLLM := .venv-vllm
 
-.PHONY: setup demo test test-slow test-vllm lint bench-memory bench-quantize bench-encode bench-evaluate bench-fidelity clean
+.PHONY: setup demo test test-slow test-vllm lint bench-memory bench-quantize bench-encode bench-speed bench-evaluate bench-fidelity clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -72,6 +72,10 @@ bench-quantize: setup $(PEER)/.ready
 
 bench-encode: setup
 	$(BIN)/python benchmarks/encode.py
+
+bench-speed: setup $(PEER)/.ready $(MODELOPT)/.ready $(AUTOROUND)/.ready
+	$(BIN)/python benchmarks/speed.py --calibrated --llmcompressor-python $(PEER)/bin/python \
+		--modelopt-python $(MODELOPT)/bin/python --autoround-python $(AUTOROUND)/bin/python
 
 bench-evaluate: setup
 	$(BIN)/python benchmarks/evaluate.py
