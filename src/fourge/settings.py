@@ -7,7 +7,7 @@ from typing import Any, Literal
 Scheme = Literal["NVFP4", "NVFP4A16"]
 KvCacheScheme = Literal["fp8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Backend = Literal["auto", "torch", "numba", "triton"]
+Backend = Literal["auto", "torch", "numba"]
 
 FREE_ON_CONTINUATION: Mapping[str, str] = {
     "model": "the source may have moved; its headers are compared instead",

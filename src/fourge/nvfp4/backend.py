@@ -1,8 +1,8 @@
 """Which loops compute: torch's on any device, or fused ones where they are installed. All give the same bits.
 
 `quantize.py` and `methods/scale_search.py` hold the torch code, which says what is computed; a fused backend is a
-module with the functions of `FusedLoops`. `auto` is the fused one for a tensor's device, numba on a CPU and Triton on
-CUDA, if its package can be imported. FP16 goes through torch: only sources in FP16 hold it.
+module with the functions of `FusedLoops`. `auto` is the fused one for a tensor's device, if its package can be
+imported; on a GPU there is none. FP16 goes through torch: only sources in FP16 hold it.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-FUSED = {"cpu": "numba", "cuda": "triton"}
+FUSED = {"cpu": "numba"}
 """Device type → the backend that has loops for it."""
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float32)
@@ -49,7 +49,7 @@ def resolve(name: str, device_type: str) -> str:
     if name == "auto":
         return fused if _installed(fused) else "torch"
     if name not in ("torch", fused):
-        raise ValueError(f"has no loops for {device_type}; use {fused}, torch or auto")
+        raise ValueError(f"has no loops for {device_type}; use torch or auto")
     if not _installed(name):
         raise ValueError(f"is not installed; pip install '{name}', or use torch")
     return name
