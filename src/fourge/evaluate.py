@@ -199,11 +199,13 @@ def _data_alone(benchmark: "Benchmark", fetch_to: Path | None) -> EvaluateResult
 
 
 def _locate_models(baseline: str | None, revision: str | None, quantized: Path | None) -> "Models":
-    """The models on this machine; InputError for neither, an unfinished OUT, or a baseline that is quantized."""
+    """The models on this machine; InputError for neither, an unfinished OUT, or a baseline that is quantized or not
+    what OUT was made from."""
     from fourge.checkpoint.reader import Checkpoint, require_unquantized
     from fourge.checkpoint.source import locate
     from fourge.checks.files import require_quantized
     from fourge.evaluation.evaluation_run import Models
+    from fourge.evaluation.same_source import require_same_source
 
     if baseline is None and quantized is None:
         raise InputError("name a quantized directory, or a --baseline, or both")
@@ -218,7 +220,8 @@ def _locate_models(baseline: str | None, revision: str | None, quantized: Path |
             raise InputError(f"{quantized}: not finished; the `fourge quantize` command that began it continues it")
         Checkpoint.open(quantized)
         paths["quantized"], names["quantized"] = quantized, str(quantized)
-    return Models(paths, names)
+    unknown = require_same_source(paths["quantized"], paths["baseline"]) if len(paths) == 2 else None
+    return Models(paths, names, () if unknown is None else (unknown,))
 
 
 def _choose_folder(output: Path | None, models: "Models", name: str) -> Path:

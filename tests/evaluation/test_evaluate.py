@@ -302,6 +302,7 @@ def test_without_the_calibration_tokens_nothing_is_said_to_be_checked(bench: Ben
         output=tmp_path / "results",
         **SETTINGS,
     )
+    assert result.evaluations[0]["notes"] == []  # there is no baseline to be another model
     reason = f"{published} kept no calibration tokens in .fourge"
     assert result.evaluations[0]["contamination"]["not_checked"] == reason
     assert f"contamination: not checked ({reason})" in " ".join(evaluate_summary(result).split())
@@ -416,6 +417,54 @@ def test_bad_models(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / ".fourge").mkdir()
     with pytest.raises(InputError, match="not finished; the `fourge quantize` command that began it"):
         fourge.evaluate(tmp_path, **options)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_baseline_that_is_another_model_is_refused(file: str, bench: Bench, tmp_path: Path) -> None:
+    """Of the same shape: a bit of the weights, a space in a document."""
+    import shutil
+
+    other = shutil.copytree(bench.model, tmp_path / "other")
+    content = bytearray((other / file).read_bytes())
+    content[-2:] = bytes([content[-2] ^ 1, content[-1]]) if file.endswith(".safetensors") else content[-2:] + b" "
+    (other / file).write_bytes(content)
+    options = SETTINGS | {"tasks": ["arc_challenge"], "task_data": [bench.data], "output": tmp_path / "results"}
+    with pytest.raises(InputError, match=rf"--baseline {other}: its {file} is not the one that {bench.quantized} was"):
+        fourge.evaluate(bench.quantized, baseline=str(other), **options)
+    assert not (tmp_path / "results").exists()
+
+
+def test_where_the_source_is_not_recorded_that_is_said(bench: Bench, tmp_path: Path) -> None:
+    import shutil
+
+    from fourge.evaluation.same_source import require_same_source
+
+    assert require_same_source(bench.quantized, bench.model) is None
+    unsigned = shutil.copytree(bench.quantized, tmp_path / "out", ignore=shutil.ignore_patterns("fourge.json"))
+    said = f"whether {unsigned} was made from {bench.model} was not checked: it has no fourge.json"
+    assert require_same_source(unsigned, bench.model) == said
+    renamed = shutil.copytree(bench.model, tmp_path / "renamed")
+    weights = json.dumps({"weight_map": dict.fromkeys(_tensor_names(bench.model), "all.safetensors")})
+    (renamed / "model.safetensors").rename(renamed / "all.safetensors")
+    (renamed / "model.safetensors.index.json").write_text(weights)
+    assert "the weights lie in other files" in str(require_same_source(bench.quantized, renamed))
+    result = fourge.evaluate(
+        unsigned,
+        baseline=str(bench.model),
+        tasks=["arc_challenge"],
+        limit=2,
+        engine="hf",
+        task_data=[bench.data],
+        output=tmp_path / "results",
+        **SETTINGS,
+    )
+    assert said in result.evaluations[0]["notes"]
+
+
+def _tensor_names(directory: Path) -> list[str]:
+    from fourge.checkpoint.reader import Checkpoint
+
+    return list(Checkpoint.open(directory).tensors)
 
 
 def test_no_hub_and_no_local_data(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

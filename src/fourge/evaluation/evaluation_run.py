@@ -32,10 +32,14 @@ NOT_SAID = "numerics not stated"
 
 @dataclass(frozen=True)
 class Models:
-    """The two models by role, either of which may be left out: what the user called them, and where they lie."""
+    """The two models by role, either of which may be left out: what the user called them, and where they lie.
+
+    `notes` say what a reader of the scores should know of them.
+    """
 
     paths: "Mapping[Role, Path]"
     names: "Mapping[Role, str]"
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> Path | None:
@@ -260,4 +264,7 @@ class EvaluationRun:
     def _notes(self) -> list[str]:
         mode = f" with thinking {self.thinking}" if self.thinking else ""
         left_out = self.benchmark.left_out
-        return [f"{task} was left out: it has no data here, or measures nothing{mode}" for task in left_out]
+        return [
+            *self.models.notes,
+            *(f"{task} was left out: it has no data here, or measures nothing{mode}" for task in left_out),
+        ]
