@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "plan": {"planning", "settings", "errors", "walk"},
     "evaluation": {
         *("nvfp4", "checkpoint", "settings", "data", "progress", "errors", "walk", "checks", "methods", "planning"),
-        "_version",
+        *("serving", "_version"),
     },
     "compare": {"checkpoint", "evaluation", "progress", "errors"},
     "serving": {"nvfp4", "checkpoint", "planning", "settings", "errors", "progress", "walk", "data", "checks"},
