@@ -44,7 +44,7 @@ def quantize(
         RecipeName | None, typer.Option(help=f"How much care to take [default: {DEFAULT_RECIPE}, unless --method].")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="max, search, gptq or replay: how weights and scales are chosen.")
+        str | None, typer.Option(help="max, search, gptq, replay or tuned: how weights and scales are chosen.")
     ] = None,
     smooth: Annotated[
         bool | None,
@@ -66,7 +66,7 @@ def quantize(
         typer.Option(
             min=0,
             help="Sequences that decide what is kept [default: an eighth of the calibration's, at least 8, with "
-            "smoothing; else 0].",
+            "--smooth or --method tuned; else 0].",
         ),
     ] = None,
     num_probe_samples: Annotated[int, typer.Option(min=0, help="Held-out sequences, only reported.")] = 32,
@@ -94,6 +94,7 @@ def quantize(
     import torch
 
     from fourge.checkpoint.durable import disk_errors_named
+    from fourge.methods import find_method
     from fourge.walk.device import resolve_backend, resolve_device
     from fourge.walk.resources import return_freed_layers
     from fourge.walk.run import QuantizeRun
@@ -103,6 +104,7 @@ def quantize(
     output = Path(output)  # a script may well give a string
     calibration = calibration or (DEFAULT_CALIBRATION if scheme == "NVFP4" else "none")
     chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
+    decides = chosen.smooth or find_method(chosen.method).compensates
     settings = QuantizeSettings(
         model=model,
         revision=revision,
@@ -115,7 +117,7 @@ def quantize(
         calibration=calibration,
         probe=probe,
         num_calibration_samples=num_calibration_samples,
-        num_validation_samples=_validation_samples(num_validation_samples, num_calibration_samples, chosen.smooth),
+        num_validation_samples=_validation_samples(num_validation_samples, num_calibration_samples, decides),
         num_probe_samples=num_probe_samples,
         max_seq_length=max_seq_length,
         seed=seed,

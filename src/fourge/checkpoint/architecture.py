@@ -16,11 +16,13 @@ from fourge.errors import InputError
 class LinearGroup:
     """Linears of one decoder layer that read one input; names are relative to the layer.
 
-    `fed_by` is the norm, or the Linear, to whose output channels the input's are proportional.
+    `fed_by` is the norm, or the Linear, to whose output channels the input's are proportional. `added_to` is there
+    where the output is added to the residual stream: the norm that reads the stream as it is before that.
     """
 
     linears: tuple[str, ...]
     fed_by: str
+    added_to: str | None = None
 
     @property
     def name(self) -> str:
@@ -55,9 +57,9 @@ class Architecture:
 
 _GATED_MLP_DECODER = (
     LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj"),
+    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "input_layernorm"),
     LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    LinearGroup(("mlp.down_proj",), "mlp.up_proj"),
+    LinearGroup(("mlp.down_proj",), "mlp.up_proj", "post_attention_layernorm"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {

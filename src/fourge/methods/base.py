@@ -13,11 +13,13 @@ class Method(Protocol):
     """Quantizes the weights of one group of Linears that share an input.
 
     `weighs_channels`: wants `InputStatistics.importance` where there is data. `needs_hessian`: cannot do without
-    `InputStatistics.hessian`, and so needs data, and calibration sequences in the quantized lane.
+    `InputStatistics.hessian`, and so needs data, and calibration sequences in the quantized lane. `compensates`: wants
+    weights that make up for what the quantized lane's inputs lack, and so a Hessian, and validation text to decide.
     """
 
     weighs_channels: bool
     needs_hessian: bool
+    compensates: bool
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]

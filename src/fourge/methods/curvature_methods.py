@@ -45,8 +45,9 @@ class AlongCurvature:
     weighs_channels = True
     needs_hessian = True
 
-    def __init__(self, round_weight: Round) -> None:
+    def __init__(self, round_weight: Round, *, compensates: bool = False) -> None:
         self._round = round_weight
+        self.compensates = compensates
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]

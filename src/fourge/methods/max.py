@@ -27,6 +27,7 @@ class Max:
 
     weighs_channels = False
     needs_hessian = False
+    compensates = False
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]

@@ -19,6 +19,7 @@ class Search:
 
     weighs_channels = True
     needs_hessian = False
+    compensates = False
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]

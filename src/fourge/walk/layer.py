@@ -1,6 +1,6 @@
 """One decoder layer of one lane: transformers' module, with its Linears reading weights as they are stored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -74,6 +74,10 @@ class LaneLayer:
     ) -> None:
         for linear in self._linears:
             del linear.stored
+
+    def observe_input(self, module: str, observe: Callable[[Tensor], None]) -> None:
+        """Has `observe` called with what `module`, named relative to the layer, is given."""
+        self._module.get_submodule(module).register_forward_pre_hook(lambda _, inputs: observe(inputs[0]))
 
     def widen(self) -> None:
         """Holds the Linears' weights in the computation's dtype from now on: faster at every call, and larger."""

@@ -15,6 +15,7 @@ from fourge.methods.observe import InputStatistics, input_global_scale
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
 from fourge.settings import QuantizeSettings
+from fourge.walk.compensation import GroupLanes, GroupTap, compensate_group
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.kv_cache import KvObserver
 from fourge.walk.lanes import quantized_layer, read_layer
@@ -141,14 +142,22 @@ class LayerStep:
         """Quantizes group after group; the Linears by name relative to the layer."""
         linears: dict[str, QuantizedLinear] = {}
         measured = self.output.measures["linears"] = {}
+        whole = dict(self.weights) if self.method.compensates else {}
         for group in self.layout.groups(self.layer):
             seen = statistics[group.name] if self.walk.stream("calibration", "bf16") else None
             input_scale = self._input_scale(group, seen)
+            sources = {name: self._source(name) for name in group.linears}
+            targets = sources
             if seen is not None and self.states is not None and self.method.needs_hessian:
-                seen.hessian = self._hessian(group, linears, input_scale, self.states.source)
-            held = {name: self.weights.pop(f"{name}.weight") for name in group.linears}
-            sources = {name: weight for name, weight in held.items() if isinstance(weight, Tensor)}
-            quantized = self.method.quantize_group(sources, seen, self.output.events)
+                seen.hessian = self._new_hessian(group)
+                before = linears, input_scale, seen.hessian, self.states.source
+                if self.method.compensates:
+                    targets = self._compensate(group, whole, *before)
+                else:
+                    self._observe_inputs(group, *before)
+            for name in group.linears:
+                del self.weights[f"{name}.weight"]
+            quantized = self.method.quantize_group(targets, seen, self.output.events)
             for name, weight in quantized.items():
                 linears[name] = QuantizedLinear(weight, input_scale)
                 measured[name] = {"weight_error": relative_weight_error(sources[name], weight)}
@@ -165,18 +174,26 @@ class LayerStep:
             self.output.events.append({"event": "input is always zero", "group": group.name})
         return input_global_scale(seen, self.settings.input_headroom)
 
-    def _hessian(
+    def _source(self, linear: str) -> Tensor:
+        weight = self.weights[f"{linear}.weight"]
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _new_hessian(self, group: LinearGroup) -> HessianAccumulator:
+        prefix = self.layout.architecture.layer_prefix(self.layer)
+        return HessianAccumulator(self.layout.shapes[f"{prefix}{group.linears[0]}.weight"][1], self.walk.device)
+
+    def _observe_inputs(
         self,
         group: LinearGroup,
         linears: Mapping[str, QuantizedLinear],
         input_scale: Tensor | None,
+        hessian: HessianAccumulator,
         source: HiddenFile,
-    ) -> HessianAccumulator:
-        """XᵀX of what this group's Linears will multiply, given every layer and group before it as quantized."""
+    ) -> None:
+        """Fills `hessian` with XᵀX of what this group's Linears will multiply, given every layer and group before it as quantized."""
         stream = self.walk.stream("calibration", "nvfp4")
         assert stream is not None
-        prefix = self.layout.architecture.layer_prefix(self.layer)
-        hessian = HessianAccumulator(self.layout.shapes[f"{prefix}{group.linears[0]}.weight"][1], self.walk.device)
 
         def observe(x: Tensor) -> None:
             hessian.add(x)
@@ -184,7 +201,33 @@ class LayerStep:
 
         with self._quantized_layer(linears, {group.name: InputSite(input_scale, observe)}) as lane:
             self.walk.watch(lane, stream.batches, source)
-        return hessian
+
+    def _compensate(
+        self,
+        group: LinearGroup,
+        whole: Mapping[str, Tensor | QuantizedWeight],
+        linears: Mapping[str, QuantizedLinear],
+        input_scale: Tensor | None,
+        hessian: HessianAccumulator,
+        source: HiddenFile,
+    ) -> dict[str, Tensor]:
+        """The group's weights with what they make up for; fills `hessian` as `_observe_inputs` does.
+
+        `whole` are the layer's tensors as the bf16 lane has them.
+        """
+        there, here = GroupTap(group), GroupTap(group, input_scale)
+        with (
+            LaneLayer(self.walk.skeleton, self.layer, whole, self.walk.dtype, {group.name: there.site}) as bf16,
+            self._quantized_layer(linears, {group.name: here.site}) as nvfp4,
+        ):
+            there.attach(bf16)
+            here.attach(nvfp4)
+            sources = {name: self._source(name) for name in group.linears}
+            lanes = GroupLanes(self.walk, source, sources, (bf16, there), (nvfp4, here))
+            moved, decided = compensate_group(lanes, hessian, self.settings.seed)
+        if decided is not None:
+            self.output.measures.setdefault("compensation", {})[group.name] = decided
+        return moved
 
     def _propagate(self, linears: Mapping[str, QuantizedLinear], states: HiddenStates) -> None:
         """Runs the nvfp4 lane, and measures how far the two lanes are apart on the probe."""

@@ -66,8 +66,9 @@ class QuantizeRun:
             )
         if settings.smooth and settings.calibration == "none":
             raise InputError("--calibration none: --smooth needs data; name some, or leave the option out")
-        if settings.smooth and settings.num_validation_samples == 0:
-            raise InputError("--num-validation-samples 0: --smooth is decided on validation text; ask for 1 or more")
+        decided = "--smooth" if settings.smooth else f"--method {settings.method}" if method.compensates else None
+        if decided is not None and settings.num_validation_samples == 0:
+            raise InputError(f"--num-validation-samples 0: {decided} is decided on validation text; ask for 1 or more")
         source = Checkpoint.open(locate(settings.model, settings.revision))
         require_unquantized(source)
         require_float(source)
@@ -137,13 +138,14 @@ class QuantizeRun:
             return ()
         calibration = sets.calibration.sequences if self.needs_calibration else ()
         propagated = calibration if self.method.needs_hessian else ()
-        validation = sets.validation.sequences if self.settings.smooth else ()
+        validation = sets.validation.sequences if self.settings.smooth or self.method.compensates else ()
         probe = sets.probe.sequences
         return lay_out(
             [
                 ("calibration", "bf16", calibration),
                 ("calibration", "nvfp4", propagated),
                 ("validation", "bf16", validation),
+                ("validation", "nvfp4", validation if self.method.compensates else ()),
                 ("probe", "bf16", probe),
                 ("probe", "nvfp4", probe),
             ],

@@ -25,7 +25,7 @@ from fourge.walk.walk import Walk
 
 _SAMPLED = 1024
 """Tokens of either set, and rows of each Linear, that the errors are estimated on."""
-_WATCHED = 4096
+WATCHED = 4096
 """Tokens run through the layer for them: from so many the sample is drawn."""
 
 
@@ -88,7 +88,7 @@ class LayerSmoothing:
         """Samples of what the groups read when the bf16 lane runs part of the set `name`."""
         stream = self._walk.stream(name, "bf16")
         assert stream is not None
-        batches = stream.spread_batches(_WATCHED)
+        batches = stream.spread_batches(WATCHED)
         tokens = sum(batch.count * batch.length for batch in batches)
         samples = {group.name: InputSample(tokens, self._seed) for group in self._groups}
         sites = {name: InputSite(observe=sample.observe) for name, sample in samples.items()}

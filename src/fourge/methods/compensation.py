@@ -1,0 +1,114 @@
+"""Weights that make up for what is wrong with the inputs of a quantized Linear, as far as those inputs foretell it.
+
+Where the source's Linear multiplies x, the quantized one multiplies q: x after the rounding of activations, in a lane in
+which all before it is quantized. So W is not the best that could be rounded; that is the ridge regression
+
+    W* = argmin Σ ‖W x + r − W* q‖² + λ ‖W* − W‖²  =  W + (Σ u qᵀ) (Σ q qᵀ + λI)⁻¹,   u = W (x − q) + r,
+
+r being what the residual stream lacks, for a Linear that is added to it. This is GPTAQ's (arXiv 2504.02692) asymmetric
+objective, in closed form and with the activations' rounding in q. λ is chosen on other tokens than those that are
+fitted, and may be infinite: then W stays.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STRENGTHS = (0.03, 0.1, 0.3, 1.0)
+"""λ over the mean diagonal of Σ q qᵀ."""
+
+_ROWS = 4096
+_TOKENS_PER_CHUNK = 4096
+
+
+class CrossMoment:
+    """Sums Σ s qᵀ, FP32 `[S, K]`, over tokens: s is x − q, or u itself where the Linear stands alone and S = N.
+
+    u = W s in the former case: with many rows in a group, the smaller of the two matrices is kept.
+    """
+
+    def __init__(self, size: int, columns: int, device: torch.device | str = "cpu") -> None:
+        self.sum = torch.zeros(size, columns, device=device)
+
+    def add(self, shortfall: Tensor, inputs: Tensor) -> None:
+        """Takes s `[T, S]` and q `[T, K]`."""
+        for s, q in zip(shortfall.split(_TOKENS_PER_CHUNK), inputs.split(_TOKENS_PER_CHUNK), strict=True):
+            self.sum.addmm_(s.float().T, q.float())
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Other tokens' s `[T, S]` and q `[T, K]`: what λ is chosen on."""
+
+    shortfall: Tensor
+    inputs: Tensor
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """`weights` `[N, K]` in the dtype of what they stand for; `strength` is λ over the mean diagonal, None for W itself.
+
+    `error` is the mean over Linears of Σ ‖u − (W* − W) q‖² / Σ ‖u‖² on the judge's tokens, its root: 1 for W itself.
+    """
+
+    weights: dict[str, Tensor]
+    strength: float | None
+    error: float
+
+
+def compensate(
+    weights: Mapping[str, Tensor], hessian: Tensor, cross: CrossMoment, judge: Judge, *, whole: bool
+) -> Compensated:
+    """The best W* among `STRENGTHS` for a group's `weights`, name → `[N, K]`; `hessian` Σ q qᵀ FP32 is left as it is.
+
+    `whole`: `cross` and `judge` hold u, of the one Linear that there is, and not x − q. A strength at which the
+    Cholesky factorization fails is passed over, as one that does not help.
+    """
+    best: tuple[float, float | None] = (1.0, None)
+    mean = hessian.diagonal().mean().item()
+    for strength in STRENGTHS if mean > 0 else ():
+        root = _cholesky(hessian, strength * mean)
+        if root is not None:
+            errors = [_error(_steps(weight, cross, root, whole), weight, judge, whole) for weight in weights.values()]
+            best = min(best, (math.sqrt(sum(errors) / len(errors)), strength), key=lambda tried: tried[0])
+        del root
+    error, chosen = best
+    if chosen is None:
+        return Compensated(dict(weights), None, 1.0)
+    root = _cholesky(hessian, chosen * mean)
+    assert root is not None
+    moved = {name: weight.clone() for name, weight in weights.items()}
+    for weight in moved.values():
+        for rows, step in _steps(weight, cross, root, whole):
+            weight[rows] = (weight[rows].float() + step).to(weight.dtype)
+    return Compensated(moved, chosen, error)
+
+
+def _steps(weight: Tensor, cross: CrossMoment, root: Tensor, whole: bool) -> Iterator[tuple[slice, Tensor]]:
+    """W* − W, FP32 `[n, K]`, by blocks of rows."""
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(weight)))
+        moment = cross.sum[rows] if whole else weight[rows].float() @ cross.sum
+        yield rows, torch.cholesky_solve(moment.T, root).T
+
+
+def _error(steps: Iterator[tuple[slice, Tensor]], weight: Tensor, judge: Judge, whole: bool) -> float:
+    """Σ ‖u − (W* − W) q‖² over Σ ‖u‖² on the judge's tokens; 1 where nothing is short."""
+    left = total = 0.0
+    inputs = judge.inputs.float()
+    for rows, step in steps:
+        u = judge.shortfall[:, rows].float() if whole else judge.shortfall.float() @ weight[rows].float().T
+        total += float(u.square().sum(dtype=torch.float64))
+        left += float(u.addmm_(inputs, step.T, alpha=-1).square().sum(dtype=torch.float64))
+    return left / total if total else 1.0
+
+
+def _cholesky(hessian: Tensor, dampening: float) -> Tensor | None:
+    """Lower triangular L with L Lᵀ = H + dampening · I; None where there is none in this precision."""
+    damped = hessian.clone()
+    damped.diagonal().add_(dampening)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    return None if info.item() else lower
