@@ -160,6 +160,7 @@ class _Verification:
         from fourge.checks.deep import walk_deep
         from fourge.checks.expected import expect
         from fourge.checks.folded import FoldedSource, recorded_scalings
+        from fourge.checks.source import most_moved
         from fourge.checks.structure import check_tensor_parallel, check_tensors
         from fourge.checks.sweep import Sweep
 
@@ -168,7 +169,8 @@ class _Verification:
         self.add([tensors, check_tensor_parallel(expected)])
         scalings, damage = recorded_scalings(manifest, self.output, expected)
         folded = None if self.source is None else FoldedSource.of(self.source, scalings)
-        self.add(Sweep(checkpoint, folded, expected, sound, damage).run())
+        moved = most_moved(manifest, self.output)
+        self.add(Sweep(checkpoint, folded, expected, sound, damage, moved).run())
         walkable = all(self.checks[name].status == "passed" for name in _DEEP_NEEDS)
         if self.source is not None and self.options is not None and probe is not None and walkable:
             self.deep = walk_deep(checkpoint, self.source, expected, probe, self.options)

@@ -41,12 +41,13 @@ def test_the_probe_decides_nothing(method: str, smooth: bool, pico: Callable[...
     assert shards(outputs[0]) == shards(outputs[1]) == shards(outputs[2])
 
 
-def test_a_probe_from_elsewhere_decides_nothing(pico: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "tuned"])
+def test_a_probe_from_elsewhere_decides_nothing(method: str, pico: Callable[..., Path], tmp_path: Path) -> None:
     """Other tokens, as many: all that differs between the two runs is what is reported."""
     text = tmp_path / "probe.txt"
     text.write_text(" ".join(f"w{i}" for i in range(64)))
     results = [
-        fourge.quantize(str(pico()), tmp_path / name, method="gptq", smooth=True, probe=probe, **OPTIONS)
+        fourge.quantize(str(pico()), tmp_path / name, method=method, smooth=True, probe=probe, **OPTIONS)
         for name, probe in (("random", None), ("text", str(text)))
     ]
     assert results[0].fidelity != results[1].fidelity
@@ -78,6 +79,8 @@ def test_smoothing_brings_the_model_closer_to_bf16(method: str, pico: Callable[.
 def test_smoothing_without_what_decides_is_refused(pico: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--num-validation-samples 0"):
         fourge.quantize(str(pico()), tmp_path / "out", smooth=True, num_validation_samples=0, **OPTIONS)
+    with pytest.raises(InputError, match="--num-validation-samples 0: --method tuned"):
+        fourge.quantize(str(pico()), tmp_path / "out", method="tuned", num_validation_samples=0, **OPTIONS)
     with pytest.raises(InputError, match="--smooth needs data"):
         fourge.quantize(str(pico()), tmp_path / "out", smooth=True, scheme="NVFP4A16")
     assert not (tmp_path / "out").exists()
@@ -90,6 +93,7 @@ def test_validation_tokens_are_set_aside_where_something_is_decided(pico: Callab
         ({}, 8),  # the default recipe smooths
         ({"smooth": True}, 8),
         ({"smooth": True, "num_calibration_samples": 100}, 12),
+        ({"method": "tuned"}, 8),
         ({"method": "max", "num_validation_samples": 3}, 3),
     ]
     for i, (options, expected) in enumerate(given):
@@ -116,7 +120,7 @@ def test_better_methods_are_closer_to_bf16(scheme: Any, pico: Callable[..., Path
     assert max(errors["gptq"], errors["replay"]) < 0.97 * errors["search"]
 
 
-@pytest.mark.parametrize("method", ["gptq", "replay"])
+@pytest.mark.parametrize("method", ["gptq", "replay", "tuned"])
 def test_too_few_tokens_fall_back_and_say_so(method: str, pico: Callable[..., Path], tmp_path: Path) -> None:
     """36 tokens are fewer than 64 columns: what is written is the weighted search's, and every group is named."""
     few = OPTIONS | {"num_calibration_samples": 3}

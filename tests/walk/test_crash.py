@@ -130,7 +130,7 @@ def test_killed_again_and_again_at_random_instants(
         require_same(output, reference)
 
 
-@pytest.mark.parametrize("method", ["search", "gptq", "replay"])
+@pytest.mark.parametrize("method", ["search", "gptq", "replay", "tuned"])
 def test_every_method_continues_to_the_same_bytes(
     zygote: Zygote, pico: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:

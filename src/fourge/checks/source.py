@@ -1,15 +1,20 @@
 """The quantized directory beside its source: what must be the same, and how far the rest may be off."""
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fourge.checkpoint.folder import CARD, has_own_card
+from fourge.checkpoint.folder import CARD, PROVENANCE, has_own_card
+from fourge.checkpoint.header import parse_object
 from fourge.checkpoint.reader import Checkpoint, require_finite
 from fourge.checks.expected import Expected
 from fourge.checks.report import Check, conclude, count
+from fourge.methods import METHODS
+from fourge.methods.tuned import MOST_MOVED
 from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight, squared_errors
+from fourge.walk.job import Manifest
 from fourge.walk.weight_error import RelativeError, row_blocks
 
 _ERROR_RATIO = 2.0
@@ -102,7 +107,7 @@ def measure_group(
         yield linear, stored.value, reference.value
 
 
-def allowed_error(reference: float) -> float:
+def allowed_error(reference: float, moved: float = 0.0) -> float:
     """The largest relative error of a Linear that passes, given the max method's on the same weight.
 
     Max calibration puts every weight on the nearest value of its group's grid: a mean square error of 1/12 of a
@@ -111,5 +116,17 @@ def allowed_error(reference: float) -> float:
     that looks at its weights stays below that. Damage is of another size: swapped nibbles, rows in another order or
     another tensor's scales leave values that have nothing to do with the source's, an error of about √2 where the
     format's own is about 0.1. The slack is for weights that NVFP4 holds exactly, where twice nothing is nothing.
+    `moved` is how far the method may have moved the weights before it rounded them, relative to them.
     """
-    return _ERROR_RATIO * reference + _ERROR_SLACK
+    return _ERROR_RATIO * reference + _ERROR_SLACK + moved
+
+
+def most_moved(manifest: Manifest | None, directory: Path) -> float:
+    """How far the recorded method may move weights, ‖W* − W‖ / ‖W‖: 0 without a record. `fourge.json` has it too."""
+    path = directory / PROVENANCE
+    if manifest is not None:
+        method = manifest.settings.get("method")
+    else:
+        settings = parse_object(path.read_bytes(), str(path)).get("settings") if path.exists() else None
+        method = settings.get("method") if isinstance(settings, dict) else None
+    return MOST_MOVED if method in METHODS and METHODS[method].compensates else 0.0

@@ -34,7 +34,7 @@ class Sweep:
     """The pass over `checkpoint`, beside `source` where there is one. `damage` is wrong with how the source is read.
 
     `sound` names the tensors that are there with the right dtype and shape; the others were reported by
-    `check_tensors` and are passed over.
+    `check_tensors` and are passed over. `moved` is how far the method may have moved weights.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +42,7 @@ class Sweep:
     expected: Expected
     sound: Collection[str]
     damage: Sequence[str] = ()
+    moved: float = 0.0
 
     def run(self) -> list[Check]:
         """The checks `scales` and `fused_groups`; with a source also `unquantized` and `dequantized`."""
@@ -90,7 +91,7 @@ class Sweep:
                 comparable.append(linear)
         for linear, error, reference in measure_group(self.checkpoint, source, comparable):
             found.errors[linear] = (error, reference)
-            if not error <= allowed_error(reference):  # a NaN fails too
+            if not error <= allowed_error(reference, self.moved):  # a NaN fails too
                 found.dequantized.append(
                     f"{linear}.weight_packed: relative error {error:.4f}, where max calibration gives {reference:.4f}"
                 )

@@ -1,6 +1,6 @@
-"""Compensating one decoder layer, group after group: both lanes side by side, for what the quantized one falls short of.
+"""Compensating a layer's groups: both lanes side by side, for what the quantized one falls short of.
 
-Fitted on calibration tokens, its strength chosen on validation tokens; see `fourge.methods.compensation`.
+Fitted on calibration tokens, its strength chosen on validation tokens; see `fourge.methods.tuned`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fourge.checkpoint.architecture import LinearGroup
-from fourge.methods.compensation import CrossMoment, Judge, compensate
 from fourge.methods.hessian import HessianAccumulator
+from fourge.methods.tuned import BLOCK_ROWS, CrossMoment, Judge, compensate
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite
-from fourge.walk.smoothing import WATCHED, InputSample
+from fourge.walk.smoothing import SAMPLED, WATCHED, InputSample
 from fourge.walk.streams import MicroBatch
 from fourge.walk.walk import SeenEnoughError, Walk
 
@@ -136,6 +136,7 @@ def _judge(lanes: GroupLanes, seed: int) -> Judge:
 
 
 def compensation_bytes(columns: int, rows: int) -> int:
-    """What it takes beside the layer and the Hessian, for Linears of `columns` and `rows` at most."""
-    matrices = columns * columns + max(rows, columns) * columns
-    return torch.float32.itemsize * (matrices + 4096 * (2 * columns + rows))
+    """What it takes beside the layer and the Hessian for a Linear `[rows, columns]`: the cross moment, the Cholesky
+    factor, blocks of rows, and the sample that judges."""
+    values = columns * (columns + max(rows, columns)) + 4 * BLOCK_ROWS * columns + 2 * SAMPLED * (rows + columns)
+    return torch.float32.itemsize * values

@@ -191,7 +191,7 @@ class LayerStep:
         hessian: HessianAccumulator,
         source: HiddenFile,
     ) -> None:
-        """Fills `hessian` with XᵀX of what this group's Linears will multiply, given every layer and group before it as quantized."""
+        """Fills `hessian` with XᵀX of what the group's Linears will multiply, all before it being quantized."""
         stream = self.walk.stream("calibration", "nvfp4")
         assert stream is not None
 

@@ -17,6 +17,7 @@ from fourge.checkpoint.writer import num_bytes, safetensors_size
 from fourge.errors import InputError
 from fourge.progress import format_bytes, resident_bytes
 from fourge.settings import KvCacheScheme, Scheme
+from fourge.walk.compensation import compensation_bytes
 from fourge.walk.hidden import HiddenLayout
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -58,31 +59,41 @@ def estimate_needs(
     longest_batch: int,
     needs_hessian: bool = False,
     kv_cache_scheme: KvCacheScheme | None = None,
+    compensates: bool = False,
 ) -> Needs:
     """The needs of a run whose longest micro-batch has `longest_batch` tokens (0 for none)."""
     output = sum(
         safetensors_size(layout.output_specs(step, source.tensors, scheme, kv_cache_scheme))
         for step in range(layout.num_steps)
     )
-    layer = max(_largest_moment(layout, source, scheme, layer, needs_hessian) for layer in range(layout.num_layers))
+    layer = max(
+        _largest_moment(layout, source, scheme, layer, needs_hessian, compensates) for layer in range(layout.num_layers)
+    )
     widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
     # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
     micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
     return Needs(output, hidden.nbytes, layer, micro_batch, _METHOD_BYTES if needs_hessian else 0)
 
 
-def _largest_moment(layout: Layout, source: Checkpoint, scheme: Scheme, layer: int, needs_hessian: bool) -> int:
+def _largest_moment(
+    layout: Layout, source: Checkpoint, scheme: Scheme, layer: int, needs_hessian: bool, compensates: bool
+) -> int:
     """The most that a layer holds while its groups are quantized one after the other: of each the source's tensors
-    or the output's, and with `needs_hessian` XᵀX of the group's input in FP32, which is factored where it lies."""
+    or the output's, and with `needs_hessian` XᵀX of the group's input in FP32, which is factored where it lies.
+
+    With `compensates` the source's tensors stay, and the weights moved and what moves them come beside them."""
     prefix = layout.architecture.layer_prefix(layer)
     specs = layout.output_specs(layer + 1, source.tensors, scheme)
     held = largest = sum(source.tensors[name].nbytes for name in layout.steps[layer + 1])
     for group in layout.groups(layer):
         linears = [prefix + linear for linear in group.linears]
         quantized = sum(num_bytes(*spec) for name, spec in specs.items() if name.rpartition(".")[0] in linears)
-        hessian = 4 * layout.shapes[f"{linears[0]}.weight"][1] ** 2 if needs_hessian else 0
-        largest = max(largest, held + quantized + hessian)
-        held += quantized - sum(source.tensors[f"{linear}.weight"].nbytes for linear in linears)
+        rows, columns = layout.shapes[f"{linears[0]}.weight"]
+        hessian = 4 * columns**2 if needs_hessian else 0
+        sources = sum(source.tensors[f"{linear}.weight"].nbytes for linear in linears)
+        moved = sources + compensation_bytes(columns, rows) if compensates else 0
+        largest = max(largest, held + quantized + hessian + moved)
+        held += quantized if compensates else quantized - sources
     return largest
 
 

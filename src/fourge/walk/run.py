@@ -167,6 +167,7 @@ class QuantizeRun:
             longest_batch,
             self.method.needs_hessian,
             self.settings.kv_cache_scheme,
+            self.method.compensates,
         )
         if self.settings.smooth:
             needs = replace(needs, method=max(needs.method, smoothing_bytes(self.layout, self.dtype)))

@@ -23,7 +23,7 @@ from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite
 from fourge.walk.walk import Walk
 
-_SAMPLED = 1024
+SAMPLED = 1024
 """Tokens of either set, and rows of each Linear, that the errors are estimated on."""
 WATCHED = 4096
 """Tokens run through the layer for them: from so many the sample is drawn."""
@@ -143,10 +143,10 @@ def smoothing_bytes(layout: Layout, dtype: torch.dtype) -> int:
         layout.shapes[f"{layout.architecture.layer_prefix(0)}{group.linears[0]}.weight"][1]
         for group in layout.architecture.groups
     ]
-    return _SAMPLED * (2 * sum(widths) * dtype.itemsize + 10 * max(widths) * torch.float32.itemsize)
+    return SAMPLED * (2 * sum(widths) * dtype.itemsize + 10 * max(widths) * torch.float32.itemsize)
 
 
 def _draw(count: int, seed: int) -> np.ndarray:
-    """Up to `_SAMPLED` of the numbers below `count`, ascending; the same ones for the same arguments."""
+    """Up to `SAMPLED` of the numbers below `count`, ascending; the same ones for the same arguments."""
     generator = np.random.Generator(np.random.PCG64([seed, count]))
-    return np.sort(generator.permutation(count)[:_SAMPLED])
+    return np.sort(generator.permutation(count)[:SAMPLED])

@@ -1,13 +1,13 @@
-"""Weights that make up for what is wrong with the inputs of a quantized Linear, as far as those inputs foretell it.
+"""`tuned`: weights moved, before replay rounds them, to make up for what is wrong with a quantized Linear's inputs.
 
-Where the source's Linear multiplies x, the quantized one multiplies q: x after the rounding of activations, in a lane in
-which all before it is quantized. So W is not the best that could be rounded; that is the ridge regression
+Where the source's Linear multiplies x, the quantized one multiplies q: x after the rounding of activations, in a lane
+in which all before it is quantized. So W is not the best that could be rounded; that is the ridge regression
 
     W* = argmin Σ ‖W x + r − W* q‖² + λ ‖W* − W‖²  =  W + (Σ u qᵀ) (Σ q qᵀ + λI)⁻¹,   u = W (x − q) + r,
 
-r being what the residual stream lacks, for a Linear that is added to it. This is GPTAQ's (arXiv 2504.02692) asymmetric
-objective, in closed form and with the activations' rounding in q. λ is chosen on other tokens than those that are
-fitted, and may be infinite: then W stays.
+as far as q foretells u; r is what the residual stream lacks, for a Linear that is added to it. This is GPTAQ's (arXiv
+2504.02692) asymmetric objective, in closed form and with the activations' rounding in q. λ is chosen on other tokens
+than those that are fitted, and may be infinite: then W stays. The result is a Linear like any other.
 """
 
 import math
@@ -17,10 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0)
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """λ over the mean diagonal of Σ q qᵀ."""
 
-_ROWS = 4096
+MOST_MOVED = 0.25
+"""No ‖W* − W‖ / ‖W‖ is larger: what moves further gained nothing, and `fourge verify` still tells it from damage."""
+
+BLOCK_ROWS = 4096
 _TOKENS_PER_CHUNK = 4096
 
 
@@ -49,7 +52,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Compensated:
-    """`weights` `[N, K]` in the dtype of what they stand for; `strength` is λ over the mean diagonal, None for W itself.
+    """`weights` `[N, K]` in the source's dtype; `strength` is λ over the mean diagonal, None for W itself.
 
     `error` is the mean over Linears of Σ ‖u − (W* − W) q‖² / Σ ‖u‖² on the judge's tokens, its root: 1 for W itself.
     """
@@ -65,15 +68,17 @@ def compensate(
     """The best W* among `STRENGTHS` for a group's `weights`, name → `[N, K]`; `hessian` Σ q qᵀ FP32 is left as it is.
 
     `whole`: `cross` and `judge` hold u, of the one Linear that there is, and not x − q. A strength at which the
-    Cholesky factorization fails is passed over, as one that does not help.
+    Cholesky factorization fails, or a weight would move too far, is passed over.
     """
     best: tuple[float, float | None] = (1.0, None)
     mean = hessian.diagonal().mean().item()
     for strength in STRENGTHS if mean > 0 else ():
         root = _cholesky(hessian, strength * mean)
         if root is not None:
-            errors = [_error(_steps(weight, cross, root, whole), weight, judge, whole) for weight in weights.values()]
-            best = min(best, (math.sqrt(sum(errors) / len(errors)), strength), key=lambda tried: tried[0])
+            tried = [_try(_steps(weight, cross, root, whole), weight, judge, whole) for weight in weights.values()]
+            if max(moved for _, moved in tried) <= MOST_MOVED:
+                error = math.sqrt(sum(left for left, _ in tried) / len(tried))
+                best = min(best, (error, strength), key=lambda choice: choice[0])
         del root
     error, chosen = best
     if chosen is None:
@@ -89,26 +94,29 @@ def compensate(
 
 def _steps(weight: Tensor, cross: CrossMoment, root: Tensor, whole: bool) -> Iterator[tuple[slice, Tensor]]:
     """W* − W, FP32 `[n, K]`, by blocks of rows."""
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(weight)))
+    for start in range(0, len(weight), BLOCK_ROWS):
+        rows = slice(start, min(start + BLOCK_ROWS, len(weight)))
         moment = cross.sum[rows] if whole else weight[rows].float() @ cross.sum
         yield rows, torch.cholesky_solve(moment.T, root).T
 
 
-def _error(steps: Iterator[tuple[slice, Tensor]], weight: Tensor, judge: Judge, whole: bool) -> float:
-    """Σ ‖u − (W* − W) q‖² over Σ ‖u‖² on the judge's tokens; 1 where nothing is short."""
-    left = total = 0.0
+def _try(steps: Iterator[tuple[slice, Tensor]], weight: Tensor, judge: Judge, whole: bool) -> tuple[float, float]:
+    """Σ ‖u − (W* − W) q‖² over Σ ‖u‖² on the judge's tokens, 1 where nothing is short; and ‖W* − W‖ / ‖W‖."""
+    left = total = moved = norm = 0.0
     inputs = judge.inputs.float()
     for rows, step in steps:
         u = judge.shortfall[:, rows].float() if whole else judge.shortfall.float() @ weight[rows].float().T
         total += float(u.square().sum(dtype=torch.float64))
         left += float(u.addmm_(inputs, step.T, alpha=-1).square().sum(dtype=torch.float64))
-    return left / total if total else 1.0
+        moved += float(step.square().sum(dtype=torch.float64))
+        norm += float(weight[rows].float().square().sum(dtype=torch.float64))
+    return left / total if total else 1.0, math.sqrt(moved / norm) if norm else 0.0
 
 
 def _cholesky(hessian: Tensor, dampening: float) -> Tensor | None:
     """Lower triangular L with L Lᵀ = H + dampening · I; None where there is none in this precision."""
-    damped = hessian.clone()
-    damped.diagonal().add_(dampening)
-    lower, info = torch.linalg.cholesky_ex(damped)
+    lower = hessian.clone()
+    lower.diagonal().add_(dampening)
+    info = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))  # in place: no third matrix of that size
     return None if info.item() else lower
