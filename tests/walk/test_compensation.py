@@ -1,4 +1,4 @@
-"""Compensation in the walk: nearer to BF16 on held-out tokens, decided on validation tokens, and otherwise replay."""
+"""Compensation in the walk: nearer to BF16 on held-out tokens, decided on validation tokens, and otherwise GPTQ."""
 
 import json
 from collections.abc import Callable
@@ -29,10 +29,10 @@ def measures(output: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_it_brings_the_model_closer_to_bf16(architecture: str, pico: Callable[..., Path], tmp_path: Path) -> None:
     errors = {}
-    for method in ("replay", "tuned"):
+    for method in ("gptq", "tuned"):
         fourge.quantize(str(pico(architecture)), tmp_path / method, method=method, **OPTIONS)
         errors[method] = measures(tmp_path / method)[-1]["hidden_error"]["mean"]
-    assert errors["tuned"] < 0.98 * errors["replay"]
+    assert errors["tuned"] < 0.98 * errors["gptq"]
     kept = 0
     for layer in measures(tmp_path / "tuned"):
         assert len(layer["compensation"]) == 4
@@ -44,7 +44,7 @@ def test_it_brings_the_model_closer_to_bf16(architecture: str, pico: Callable[..
     assert fourge.verify(tmp_path / "tuned", source=str(pico(architecture)), deep=True, threads=1).passed
 
 
-def test_where_nothing_is_kept_the_output_is_replay_s(
+def test_where_nothing_is_kept_the_output_is_gptq_s(
     pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compensate = fourge.walk.compensation.compensate
@@ -53,10 +53,10 @@ def test_where_nothing_is_kept_the_output_is_replay_s(
         return compensate(weights, hessian, cross, Judge(-judge.shortfall, judge.inputs), whole=whole)
 
     monkeypatch.setattr(fourge.walk.compensation, "compensate", misjudged)
-    for method in ("replay", "tuned"):
+    for method in ("gptq", "tuned"):
         fourge.quantize(str(pico()), tmp_path / method, method=method, **OPTIONS)
     assert not any(entry["kept"] for layer in measures(tmp_path / "tuned") for entry in layer["compensation"].values())
-    for path in (tmp_path / "replay").glob("*.safetensors"):
+    for path in (tmp_path / "gptq").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "tuned" / path.name).read_bytes()
 
 

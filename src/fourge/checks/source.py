@@ -129,4 +129,4 @@ def most_moved(manifest: Manifest | None, directory: Path) -> float:
     else:
         settings = parse_object(path.read_bytes(), str(path)).get("settings") if path.exists() else None
         method = settings.get("method") if isinstance(settings, dict) else None
-    return MOST_MOVED if method in METHODS and METHODS[method].compensates else 0.0
+    return MOST_MOVED if isinstance(method, str) and method in METHODS and METHODS[method].compensates else 0.0

@@ -1,4 +1,4 @@
-"""`tuned`: weights moved, before replay rounds them, to make up for what is wrong with a quantized Linear's inputs.
+"""`tuned`: weights moved, before GPTQ rounds them, to make up for what is wrong with a quantized Linear's inputs.
 
 Where the source's Linear multiplies x, the quantized one multiplies q: x after the rounding of activations, in a lane
 in which all before it is quantized. So W is not the best that could be rounded; that is the ridge regression
@@ -38,7 +38,7 @@ class CrossMoment:
 
     def add(self, shortfall: Tensor, inputs: Tensor) -> None:
         """Takes s `[T, S]` and q `[T, K]`."""
-        for s, q in zip(shortfall.split(_TOKENS_PER_CHUNK), inputs.split(_TOKENS_PER_CHUNK), strict=True):
+        for s, q in zip(*(torch.split(rows, _TOKENS_PER_CHUNK) for rows in (shortfall, inputs)), strict=True):
             self.sum.addmm_(s.float().T, q.float())
 
 
