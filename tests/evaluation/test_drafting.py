@@ -1,6 +1,7 @@
 """Generated answers of the walk: greedy decoding by transformers token for token, whatever drafts."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,26 @@ def test_a_model_alone_drafts_for_itself_in_one_pass(
     made.answer(asked)
     assert kept_tokens(tmp_path, "baseline") == expected
     assert made.outcomes["baseline"].passes == 1 and made.outcomes["baseline"].drafted_by == "baseline"
+
+
+def test_a_bad_draft_model_costs_passes_and_no_token(
+    models: Models, asked: list[GenerateRequest], expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Random weights of the same shape draft: what they guess is right as seldom as chance has it."""
+    from safetensors.torch import load_file, save_file
+
+    stranger = shutil.copytree(models[0], tmp_path / "stranger")
+    torch.manual_seed(99)
+    weights = {name: torch.randn_like(w) * 0.15 for name, w in load_file(stranger / "model.safetensors").items()}
+    save_file(weights, stranger / "model.safetensors", metadata={"format": "pt"})
+    sets: dict[str, Any] = {"num_calibration_samples": 4, "num_probe_samples": 0, "max_seq_length": 24}
+    fourge.quantize(str(stranger), tmp_path / "bad", calibration="random", method="max", threads=1, **sets)
+    made, _ = generation((models[0], tmp_path / "bad"), tmp_path / "evaluation")
+    made.answer(asked)
+    assert kept_tokens(tmp_path / "evaluation", "baseline") == expected
+    outcome = made.outcomes["baseline"]
+    assert outcome.drafted_by == "quantized" and outcome.mean_accepted is not None
+    assert outcome.mean_accepted < 0.5 and MOST / 2 < outcome.passes <= MOST
 
 
 def random_draft(answers: Sequence[Answer]) -> list[list[int]]:
