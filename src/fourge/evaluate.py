@@ -58,7 +58,18 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option("--num-fewshot", "--num_fewshot", min=0, help="Shots for --tasks.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first items of every task or subject alone.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="The first items of every task or subject alone; below 1, that share of them.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the choice of shots, and all else lm-eval seeds [default: lm-eval's].")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", "--include_path", help="Folder with more task files, for --tasks.")
+    ] = None,
+    system_instruction: Annotated[
+        str | None, typer.Option("--system-instruction", "--system_instruction", help="Text before every prompt.")
+    ] = None,
     apply_chat_template: Annotated[
         bool | None,
         typer.Option(
@@ -119,6 +130,7 @@ def evaluate(
     lm-eval asks and scores. The walk answers for both models from one reading of the weights, so a model may be any
     size; the same command continues a walk that was stopped. Raises InputError for what the caller can mend.
     """
+    limit = _require_limit(limit)
     command = _command_line(locals())
     import torch
 
@@ -129,9 +141,11 @@ def evaluate(
     from fourge.evaluation.task_data import TaskData
     from fourge.walk.device import resolve_device
 
-    prompts = PromptOptions(apply_chat_template, fewshot_as_multiturn, num_fewshot, gen_kwargs, limit)
+    prompts = PromptOptions(
+        apply_chat_template, fewshot_as_multiturn, num_fewshot, gen_kwargs, limit, system_instruction, seed
+    )
     data = TaskData([Path(folder) for folder in task_data]) if task_data else None
-    benchmark = choose_benchmark(suite, tasks, prompts, data)
+    benchmark = choose_benchmark(suite, tasks, prompts, data, None if include_path is None else Path(include_path))
     if list_data or fetch_data is not None:
         return _data_alone(benchmark, None if fetch_data is None else Path(fetch_data))
     if thinking is not None and not benchmark.prompts.apply_chat_template:
@@ -165,6 +179,15 @@ def evaluate(
         result.evaluations.append(run.run())
         result.folders.append(run.folder)
     return result
+
+
+def _require_limit(limit: float | None) -> int | float | None:
+    """A number of items, or a share below 1, as lm-eval takes it; InputError for neither."""
+    if limit is None or 0 < limit < 1:
+        return limit
+    if limit < 1 or limit != int(limit):
+        raise InputError(f"--limit {limit}: give a whole number of items, or a share between 0 and 1")
+    return int(limit)
 
 
 def _command_line(given: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_benchmarks import write_as_hub_repositories, write_as_jsonl
+from tiny_benchmarks import rows_of, write_as_hub_repositories, write_as_jsonl
 
 import fourge
 from fourge.errors import InputError
@@ -354,6 +354,61 @@ def test_list_data(bench: Bench, tmp_path: Path) -> None:
     assert "MISSING" not in unasked and "--fetch-data DIR makes such a folder" in unasked
 
 
+QUIZ = """\
+task: my_quiz
+dataset_path: allenai/ai2_arc
+dataset_name: ARC-Challenge
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices.label.index(answerKey)}}"
+doc_to_choice: "{{choices.text}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def test_options_mean_what_they_mean_to_lm_eval(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own run asks the same of the same items: a task file of the user's, seed, system instruction, share."""
+    import functools
+
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "my_quiz.yaml").write_text(QUIZ)
+    # Without lm-eval's own task files, which take a quarter of a minute to read.
+    no_defaults = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", no_defaults)
+    options: dict[str, Any] = {"num_fewshot": 2, "limit": 0.3, "system_instruction": "ba be"}
+    result = fourge.evaluate(
+        baseline=str(bench.model),
+        tasks=["my_quiz"],
+        include_path=tmp_path / "tasks",
+        seed=7,
+        task_data=[bench.data],
+        output=tmp_path / "results",
+        **options,
+        **SETTINGS,
+    )
+    settings = result.evaluations[0]["settings"]
+    assert (settings["limit"], settings["seed"], settings["system_instruction"]) == (0.3, 7, "ba be")
+    monkeypatch.chdir(bench.clones)
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(bench.model), dtype="float32", device="cpu", batch_size=8),
+        tasks=["my_quiz"],
+        task_manager=no_defaults(include_path=str(tmp_path / "tasks")),
+        bootstrap_iters=0,
+        **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 7),
+        **options,
+    )
+    ours = logged(tmp_path / "results" / "baseline", "my_quiz")
+    assert 0 < len(ours) < len(rows_of("arc_challenge", "test"))
+    assert_same_answers(ours, theirs["samples"]["my_quiz"], tolerance=1e-5)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no such task": (
         {"tasks": ["arc_challange"]},
@@ -363,6 +418,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two ways": ({"tasks": ["gsm8k"], "suite": "smoke"}, "name the tasks: --suite"),
     "no such suite": ({"suite": "tiny"}, "--suite tiny: not known"),
     "shots of a suite": ({"suite": "smoke", "num_fewshot": 3}, "--num-fewshot: suite smoke has its own"),
+    "no items": ({"suite": "smoke", "limit": 0}, "--limit 0: give a whole number of items, or a share"),
+    "parts of items": ({"suite": "smoke", "limit": 2.5}, "--limit 2.5: give a whole number"),
+    "task files for a suite": ({"suite": "smoke", "include_path": Path()}, "--include-path: suite smoke is of"),
+    "no task files": (
+        {"tasks": ["my_quiz"], "include_path": Path("nowhere")},
+        "--include-path nowhere: no such folder",
+    ),
     "turns without a template": (
         {"tasks": ["arc_challenge"], "fewshot_as_multiturn": True},
         "--fewshot-as-multiturn: turns need a chat template",

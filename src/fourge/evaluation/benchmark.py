@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fourge.errors import InputError
 from fourge.evaluation.suites import Suite, Thinking, find_suite
@@ -17,7 +18,9 @@ class Prompts:
     fewshot_as_multiturn: bool
     num_fewshot: int | None
     gen_kwargs: str | None
-    limit: int | None
+    limit: int | float | None
+    system_instruction: str | None
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,29 @@ class Benchmark:
 
 
 def choose_benchmark(
-    suite: str | None, tasks: Sequence[str] | None, prompts: "PromptOptions", data: TaskData | None
+    suite: str | None,
+    tasks: Sequence[str] | None,
+    prompts: "PromptOptions",
+    data: TaskData | None,
+    include_path: Path | None = None,
 ) -> Benchmark:
-    """The benchmark of `--suite` or `--tasks`; InputError for both, neither, or names that nobody knows."""
+    """The benchmark of `--suite` or `--tasks`; InputError for both, neither, or names that nobody knows.
+
+    `include_path` is a folder with task files beside lm-eval's own, for `tasks`.
+    """
     if (suite is None) == (not tasks):
         raise InputError("name the tasks: --suite openllm-v1, hermes4 or smoke, or --tasks with lm-eval's names")
     if suite is not None:
         chosen = find_suite(suite)
+        if include_path is not None:
+            raise InputError(f"--include-path: suite {suite} is of lm-eval's own tasks; use --tasks for other ones")
         if prompts.num_fewshot is not None:
             raise InputError(f"--num-fewshot: suite {suite} has its own number of shots; use --tasks for other ones")
         index = TaskIndex([task.task for task in chosen.tasks])
         resolved = prompts.resolved(chosen.apply_chat_template, chosen.fewshot_as_multiturn)
         return Benchmark(suite, chosen, index, (), resolved, data).in_mode(None)
     names = [name.strip() for text in tasks or () for name in text.split(",") if name.strip()]
-    index = TaskIndex(names)
+    index = TaskIndex(names, include_path)
     choices = tuple(TaskChoice(name) for name in index.expand(names))
     # lm-eval's own default: several turns wherever there is a template.
     resolved = prompts.resolved(False, prompts.apply_chat_template is True)
@@ -107,7 +119,9 @@ class PromptOptions:
     fewshot_as_multiturn: bool | None
     num_fewshot: int | None
     gen_kwargs: str | None
-    limit: int | None
+    limit: int | float | None
+    system_instruction: str | None = None
+    seed: int | None = None
 
     def resolved(self, apply_chat_template: bool, fewshot_as_multiturn: bool) -> Prompts:
         """With defaults for what was not given; InputError for turns without a template."""
@@ -116,4 +130,6 @@ class PromptOptions:
         if turns and not chat:
             raise InputError("--fewshot-as-multiturn: turns need a chat template; add --apply-chat-template")
         multiturn = (fewshot_as_multiturn and chat) if turns is None else turns
-        return Prompts(chat, multiturn, self.num_fewshot, self.gen_kwargs, self.limit)
+        return Prompts(
+            chat, multiturn, self.num_fewshot, self.gen_kwargs, self.limit, self.system_instruction, self.seed
+        )

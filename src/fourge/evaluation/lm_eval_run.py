@@ -13,6 +13,7 @@ from fourge.evaluation.tasks import import_lm_eval
 Engine = Literal["walk", "hf", "vllm"]
 SEED = 1234
 """lm-eval's default seed of the examples' choice."""
+_OTHER_SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class LmEvalRun:
                 fewshot_as_multiturn=prompts.fewshot_as_multiturn,
                 gen_kwargs=prompts.gen_kwargs,
                 task_manager=self.benchmark.index.manager,
-                fewshot_random_seed=SEED,
+                system_instruction=prompts.system_instruction,
+                fewshot_random_seed=SEED if prompts.seed is None else prompts.seed,
+                **({} if prompts.seed is None else dict.fromkeys(_OTHER_SEEDS, prompts.seed)),
             )
         return results | _about_prompts(lm, prompts)
 
@@ -136,9 +139,10 @@ def _about_prompts(lm: Any, prompts: Prompts) -> dict[str, Any]:
     """What lm-eval's own command records beside the results, so that `fourge compare` can say why prompts differ."""
     from lm_eval.utils import hash_string
 
+    instruction = prompts.system_instruction
     template = lm.chat_template(True) if prompts.apply_chat_template else None
     return {
         "fewshot_as_multiturn": prompts.fewshot_as_multiturn,
         "chat_template_sha": hash_string(template) if template else None,
-        "system_instruction_sha": None,
+        "system_instruction_sha": hash_string(instruction) if instruction else None,
     }

@@ -66,31 +66,34 @@ def import_lm_eval() -> Any:
 
 
 @functools.cache
-def _all_task_files() -> Any:
+def _all_task_files(include_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     with announced("Reading lm-eval's task files"):
-        return TaskManager()
+        return TaskManager(include_path=include_path)
 
 
 class TaskIndex:
     """lm-eval's task files, by name.
 
     Reading all of them takes a quarter of a minute, so it is done once, and where every name is one of our suites'
-    only the folders that these lie in are read.
+    only the folders that these lie in are read. `include_path` is a folder with more of them, which go before its own;
+    InputError where it is none.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], include_path: Path | None = None) -> None:
+        if include_path is not None and not include_path.is_dir():
+            raise InputError(f"--include-path {include_path}: no such folder; name one with lm-eval's task files")
         lm_eval = import_lm_eval()
         folders = known_folders()
         names = list(names)
-        if all(name in folders for name in names):
+        if include_path is None and all(name in folders for name in names):
             root = Path(lm_eval.tasks.__file__).parent
             self.manager = lm_eval.tasks.TaskManager(
                 include_defaults=False, include_path=[root / folder for folder in sorted({folders[n] for n in names})]
             )
         else:
-            self.manager = _all_task_files()
+            self.manager = _all_task_files(include_path)
 
     def expand(self, names: Iterable[str]) -> list[str]:
         """Tasks and groups by these names, tags and patterns (`mmlu_*`) resolved; InputError for an unknown name."""

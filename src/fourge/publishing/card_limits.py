@@ -7,6 +7,7 @@ from fourge.publishing.card_details import calibration_text
 from fourge.publishing.card_options import CardFacts
 from fourge.publishing.card_section import Section
 from fourge.publishing.markdown import bullets, plain
+from fourge.report.evaluation_text import limit_text
 
 _SUITE = "openllm-v1"
 _SIGNIFICANT = 0.05
@@ -81,7 +82,7 @@ def _of_one_evaluation(name: str, content: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: scores are of {numerics}; FP4 hardware adds in another order, so single items may differ."
     limits = content["settings"].get("limits") or {}
     if content["settings"]["limit"] is not None:
-        yield f"{name}: the first {content['settings']['limit']} items of every task or subject alone."
+        yield f"{name}: {limit_text(content['settings']['limit'])} of every task or subject alone."
     elif limits:
         yield f"{name}: not all items of {', '.join(sorted(limits))}."
     found = content["contamination"]

@@ -7,6 +7,7 @@ from fourge.publishing.evidence import Evidence, StoredEvaluation
 from fourge.publishing.page_axes import Scale, percent, svg, text, titled, x_axis
 from fourge.publishing.page_markup import Markup, Node, table, tag
 from fourge.publishing.page_section import Section, folded, missing, note
+from fourge.report.evaluation_text import limit_text
 
 _Z95 = 1.959964
 _LEVEL = 0.05
@@ -72,7 +73,7 @@ def _evaluation(evaluation: StoredEvaluation) -> list[Node]:
         f"{engine['compute_dtype']} on {engine['device']}",
     ]
     if settings["limit"] is not None:
-        facts.append(f"the first {settings['limit']} items of each task")
+        facts.append(f"{limit_text(settings['limit'])} of each task")
     notes = [f"{task['task']}: {task['note']}." for task in content["tasks"] if task["note"]]
     return [
         tag("h3", " · ".join(facts)),

@@ -46,6 +46,7 @@ def _head_lines(content: Mapping[str, Any]) -> list[str]:
         "thinking": settings["thinking"],
         "add_bos_token": settings["add_bos_token"],
         "seed": settings["seed"],
+        "system instruction": settings.get("system_instruction"),
     }
     return [
         *(f"{role:<9}  {model['name']}" for role, model in content["models"].items() if model is not None),
@@ -59,6 +60,11 @@ def _run_text(run: Mapping[str, Any]) -> str:
     facts = {"model": run["model"], "engine": run["engine"], "lm-eval": run["lm_eval"]}
     known = [f"{name} {value}" for name, value in facts.items() if value is not None]
     return f"{run['path']} ({', '.join(known) or 'no results recorded beside the samples'})"
+
+
+def limit_text(limit: float) -> str:
+    """`--limit`, which below 1 is a share."""
+    return f"the first {limit:.3g} of the items" if limit < 1 else f"the first {limit} items"
 
 
 def _setting(value: Any) -> str:
