@@ -18,7 +18,7 @@ class Recipe:
 RECIPES: Mapping[RecipeName, Recipe] = {
     "fast": Recipe("search", smooth=False),
     "balanced": Recipe("replay", smooth=True),
-    "best": Recipe("replay", smooth=True),
+    "best": Recipe("tuned", smooth=True),
 }
 """From figures on held-out text (`docs/methods.md`). `fast` needs no Hessian, so it runs wherever a layer fits."""
 
