@@ -32,7 +32,7 @@ def test_recipes_name_methods_that_there_are() -> None:
         ((None, "max", None), True, Recipe("max", False)),
         ((None, "max", True), True, Recipe("max", True)),
         (("fast", None, None), True, Recipe("search", False)),
-        (("best", None, None), True, Recipe("tuned", True)),
+        (("balanced", None, None), True, Recipe("search", True)),
         (("best", "gptq", None), True, Recipe("gptq", True)),
         (("best", None, None), False, Recipe("search", False)),
         # Asked for in so many words, smoothing without data is refused later, not dropped here.
