@@ -8,7 +8,9 @@ import typer
 
 from fourge.errors import InputError
 from fourge.planning.kv_cache import KvCacheDtype
-from fourge.settings import ComputeDtype, Scheme
+from fourge.recipes import DEFAULT as DEFAULT_RECIPE
+from fourge.recipes import RecipeName, resolve, validation_samples
+from fourge.settings import ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
 
 if TYPE_CHECKING:
     from fourge.planning.facts import ModelFacts, Part
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from fourge.planning.kernels import Kernel
     from fourge.planning.kv_cache import KvCache
     from fourge.planning.quantizing import QuantizingCost
+    from fourge.planning.tensor_parallel import RankBytes
 
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM's default (`CacheConfig`); it was 0.9 in earlier releases."""
@@ -51,7 +54,8 @@ class PlanReport:
 
     `gpus` has every known kind in the smallest number that holds the request, `asked` the GPU of `--gpu` or
     `--gpu-memory` in the number asked for, or the smallest. `kernels` describes the kernels that occur in them.
-    `tensor_parallel_obstacles` says of the usual sizes what hinders them. `quantizing` is None for a checkpoint
+    `tensor_parallel_ranks` has the weights on a rank by size, `tensor_parallel_obstacles` says of the usual sizes
+    what hinders them. `quantizing` is None for a checkpoint
     that is quantized already.
     """
 
@@ -61,6 +65,7 @@ class PlanReport:
     sizes: ModelSizes
     kv_cache: "KvCache"
     tensor_parallel_sizes: tuple[int, ...]
+    tensor_parallel_ranks: "dict[int, RankBytes]"
     tensor_parallel_obstacles: dict[int, str]
     request: "Request"
     gpus: "tuple[Fit, ...]"
@@ -75,6 +80,9 @@ def plan(
     *,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     scheme: Annotated[Scheme, typer.Option(help="NVFP4 is W4A4; NVFP4A16 quantizes weights only.")] = "NVFP4",
+    kv_cache_scheme: Annotated[
+        KvCacheScheme | None, typer.Option(help="fp8: with scales for a KV cache of one byte a value.")
+    ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Modules to quantize [default: Linear].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave [default: lm_head].")] = None,
     gpu: Annotated[str | None, typer.Option(help="The GPU to serve on, and how many: b200:2.")] = None,
@@ -94,7 +102,16 @@ def plan(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where quantize would write; its disk is measured.")
     ] = Path(),
+    recipe: Annotated[
+        RecipeName | None, typer.Option(help=f"As for quantize [default: {DEFAULT_RECIPE}, unless --method].")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="As for quantize.")] = None,
+    smooth: Annotated[bool | None, typer.Option(help="As for quantize.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="As for quantize; counted is only whether it is 'none'.")
+    ] = None,
     num_calibration_samples: Annotated[int, typer.Option(min=1, help="As for quantize.")] = 512,
+    num_validation_samples: Annotated[int | None, typer.Option(min=0, help="As for quantize.")] = None,
     num_probe_samples: Annotated[int, typer.Option(min=0, help="As for quantize.")] = 32,
     max_seq_length: Annotated[int, typer.Option(min=2, help="As for quantize.")] = 2048,
     micro_batch_tokens: Annotated[int, typer.Option(min=1, help="As for quantize.")] = 2048,
@@ -114,14 +131,15 @@ def plan(
     from fourge.planning.hardware import GPUS, parse_gpu
     from fourge.planning.kv_cache import describe_kv_cache, resolve_kv_cache_dtype
     from fourge.planning.model import describe
-    from fourge.planning.quantizing import QuantizingRequest, estimate_quantizing
-    from fourge.planning.tensor_parallel import first_obstacle, working_sizes
+    from fourge.planning.quantizing import estimate_quantizing
+    from fourge.planning.tensor_parallel import first_obstacle, rank_bytes, working_sizes
     from fourge.walk.device import resolve_device
 
     named = parse_gpu(gpu, gpu_memory, sm)
     count = _resolve_count(gpu, named, tensor_parallel_size)
     arithmetic = resolve_device(device, compute_dtype, threads)
-    facts, source = describe(model, revision, scheme, targets or ["Linear"], ["lm_head"] if ignore is None else ignore)
+    targets, ignore = targets or ["Linear"], ["lm_head"] if ignore is None else ignore
+    facts, source = describe(model, revision, scheme, targets, ignore, kv_cache_scheme)
     length = _resolve_length(facts, max_model_len)
     request = Request(length, concurrency, gpu_memory_utilization, resolve_kv_cache_dtype(facts, kv_cache_dtype))
     asked = None
@@ -130,11 +148,31 @@ def plan(
     gpus = tuple(smallest_fit(facts, known, request) for known in GPUS)
     cost = None
     if source is not None:
-        torch.set_num_threads(arithmetic.pop("threads"))
-        settings = QuantizingRequest(
-            num_calibration_samples, num_probe_samples, max_seq_length, micro_batch_tokens, **arithmetic
+        torch.set_num_threads(arithmetic["threads"])
+        calibration = calibration or ("text" if scheme == "NVFP4" else "none")
+        chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
+        settings = QuantizeSettings(
+            model=model,
+            revision=revision,
+            scheme=scheme,
+            kv_cache_scheme=kv_cache_scheme,
+            method=chosen.method,
+            smooth=chosen.smooth,
+            targets=tuple(targets),
+            ignore=tuple(ignore),
+            calibration=calibration,
+            probe=None,
+            num_calibration_samples=num_calibration_samples,
+            num_validation_samples=validation_samples(num_validation_samples, num_calibration_samples, chosen.smooth),
+            num_probe_samples=num_probe_samples,
+            max_seq_length=max_seq_length,
+            seed=0,
+            input_headroom=2.0,
+            micro_batch_tokens=micro_batch_tokens,
+            **arithmetic,
         )
         cost = estimate_quantizing(facts, source, settings, output, probe=not no_probe)
+    sizes = working_sizes(facts)
     obstacles = {size: first_obstacle(facts, size) for size in _USUAL_SIZES}
     return PlanReport(
         model=model,
@@ -142,7 +180,8 @@ def plan(
         scheme=facts.scheme,
         sizes=_sizes(facts),
         kv_cache=describe_kv_cache(facts),
-        tensor_parallel_sizes=working_sizes(facts),
+        tensor_parallel_sizes=sizes,
+        tensor_parallel_ranks={size: rank_bytes(facts, size) for size in sizes},
         tensor_parallel_obstacles={size: why for size, why in obstacles.items() if why is not None},
         request=request,
         gpus=gpus,

@@ -9,11 +9,10 @@ import typer
 
 from fourge.progress import peak_resident_bytes
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
-from fourge.recipes import RecipeName, resolve
+from fourge.recipes import RecipeName, resolve, validation_samples
 from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
 
 DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
-_FEWEST_VALIDATION_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def quantize(
         calibration=calibration,
         probe=probe,
         num_calibration_samples=num_calibration_samples,
-        num_validation_samples=_validation_samples(num_validation_samples, num_calibration_samples, decides),
+        num_validation_samples=validation_samples(num_validation_samples, num_calibration_samples, decides),
         num_probe_samples=num_probe_samples,
         max_seq_length=max_seq_length,
         seed=seed,
@@ -143,9 +142,3 @@ def quantize(
         peak_resident_bytes=peak_resident_bytes(),
         continued=job.continued,
     )
-
-
-def _validation_samples(asked: int | None, num_calibration_samples: int, something_to_decide: bool) -> int:
-    if asked is not None:
-        return asked
-    return max(_FEWEST_VALIDATION_SAMPLES, num_calibration_samples // 8) if something_to_decide else 0

@@ -27,6 +27,8 @@ DEFAULT: RecipeName = "best"
 
 WITHOUT_DATA = Recipe("search", smooth=False)
 
+_FEWEST_VALIDATION_SAMPLES = 8
+
 
 def resolve(recipe: RecipeName | None, method: str | None, smooth: bool | None, *, has_data: bool) -> Recipe:
     """The method and whether to smooth, from what was asked for and what was left out (None).
@@ -38,3 +40,10 @@ def resolve(recipe: RecipeName | None, method: str | None, smooth: bool | None, 
         return Recipe(method, bool(smooth))
     chosen = RECIPES[recipe or DEFAULT] if has_data else WITHOUT_DATA
     return Recipe(method or chosen.method, chosen.smooth if smooth is None else smooth)
+
+
+def validation_samples(asked: int | None, num_calibration_samples: int, something_to_decide: bool) -> int:
+    """How many sequences decide what is kept: an eighth of the calibration's, unless a number is asked for."""
+    if asked is not None:
+        return asked
+    return max(_FEWEST_VALIDATION_SAMPLES, num_calibration_samples // 8) if something_to_decide else 0

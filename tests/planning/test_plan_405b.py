@@ -91,17 +91,32 @@ def test_no_smaller_number_holds_it(gpu: Gpu, tmp_path: Path) -> None:
 
 
 def test_quantizing(tmp_path: Path) -> None:
+    """By default: calibration and validation in the source's lane, the probe in both."""
     report = plan(write_config(tmp_path), output=tmp_path / "not" / "there")
     cost = report.quantizing
     assert cost is not None
-    assert cost.calibration_tokens == 512 * 2048
-    rows = 512 * 2048 + 2 * 32 * 2048
+    assert (cost.method, cost.smooth) == ("search", True)
+    assert (cost.tokens.calibration, cost.tokens.validation, cost.tokens.probe) == (512 * 2048, 64 * 2048, 32 * 2048)
+    rows = (512 + 64 + 2 * 32) * 2048
     assert cost.disk_hidden_states == 2 * rows * HIDDEN * 4
     assert cost.disk.needed == cost.disk_output + cost.disk_hidden_states
     assert cost.disk_output == report.sizes.shard_bytes
     assert 6.375e9 < cost.host_memory.needed < 20e9
     assert cost.device_memory is None
     assert cost.rates is None and cost.seconds is None
+
+
+def test_hessians_of_53248_columns(tmp_path: Path) -> None:
+    """One FP32 matrix of the widest input, and the calibration set in the quantized lane too."""
+    cost = plan(write_config(tmp_path), recipe="best").quantizing
+    assert cost is not None
+    assert 4 * MIDDLE**2 < cost.host_memory.needed < 4 * MIDDLE**2 + 10e9
+    assert cost.disk_hidden_states == 2 * (2 * 512 + 64 + 2 * 32) * 2048 * HIDDEN * 4
+    squares = 3 * HIDDEN**2 + MIDDLE**2
+    products = LAYERS * 512 * 2048 * squares
+    factors = LAYERS * (3 * HIDDEN**3 + MIDDLE**3) // 3
+    walks = LAYERS * (2 * HIDDEN + 2 * KEYS + 2 * MIDDLE) * HIDDEN**2 + LAYERS * HIDDEN * MIDDLE**2
+    assert cost.work.flop_curvature == pytest.approx(products + factors + walks, rel=1e-9)
 
 
 def test_the_text_says_both_units(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_tied_head_weight_only(pico: Callable[..., Path], tmp_path: Path) -> N
     assert planned.sizes.output_bytes == tensor_bytes(written)
     assert [part.name for part in planned.sizes.parts] == ["embedding", "attention", "MLP", "norms"]
     assert planned.quantizing is not None and planned.quantizing.disk_hidden_states == 0
-    assert planned.quantizing.flop_bf16_lane == 0
+    assert planned.quantizing.work.flop_bf16_lane == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -102,12 +102,12 @@ def test_arithmetic_is_what_torch_counts(pico: Callable[..., Path]) -> None:
     counts = counter.get_flop_counts()["Global"]
     attention, whole = counts[torch.ops.aten.bmm], counter.get_total_flops()
     head = 2 * 16 * 128 * 64
-    cost = plan(source, num_calibration_samples=5, num_probe_samples=1, max_seq_length=16).quantizing
+    cost = plan(source, method="max", num_calibration_samples=5, num_probe_samples=1, max_seq_length=16).quantizing
     assert cost is not None
     sequence = whole - head - attention // 2
     rotary = 2 * 16 * 8 * model.config.num_hidden_layers  # angles, counted as a product: at most that much
-    assert cost.flop_nvfp4_lane == pytest.approx(sequence + head, abs=rotary)
-    assert cost.flop_bf16_lane == pytest.approx(6 * sequence + head, abs=6 * rotary)
+    assert cost.work.flop_nvfp4_lane == pytest.approx(sequence + head, abs=rotary)
+    assert cost.work.flop_bf16_lane == pytest.approx(6 * sequence + head, abs=6 * rotary)
 
 
 def test_bytes_read_are_those_read(pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,13 +121,13 @@ def test_bytes_read_are_those_read(pico: Callable[..., Path], tmp_path: Path, mo
 
     monkeypatch.setattr(Checkpoint, "open", classmethod(remember))
     samples = {"num_calibration_samples": 3, "num_probe_samples": 2, "max_seq_length": 16}
-    cost = plan(source, **samples).quantizing
+    cost = plan(source, method="max", **samples).quantizing
     quantize(source, tmp_path / "out", **samples)
     hidden = 3 * (3 + 2 * 2) * 16 * 64 * 4
     assert cost is not None
     row = 64 * 2
     looked_up_at_most = 128 * row
-    assert cost.bytes_read - hidden - looked_up_at_most <= opened[-1].bytes_read <= cost.bytes_read - hidden
+    assert cost.work.bytes_read - hidden - looked_up_at_most <= opened[-1].bytes_read <= cost.work.bytes_read - hidden
 
 
 def test_ranks_together_hold_the_model_and_what_is_replicated(pico: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 from written_configs import LLAMA_405B, write_config
 
 from fourge.cli import app
 from fourge.errors import InputError
+from fourge.methods import find_method
 from fourge.planning import probe, quantizing
+from fourge.settings import QuantizeSettings
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -38,6 +40,10 @@ def test_json(tmp_path: Path) -> None:
     assert report["kv_cache"] == {"bytes_per_token_bf16": 516096, "bytes_per_token_fp8": 258048}
     assert report["asked"]["holds"] is True
     assert [fit["gpu"] for fit in report["gpus"]][:3] == ["B200", "GB200", "GB300"]
+    assert report["asked"]["kv_cache_tokens_fp8"] == 2 * report["asked"]["kv_cache_tokens"] or (
+        report["asked"]["kv_cache_tokens_fp8"] == 2 * report["asked"]["kv_cache_tokens"] + 16
+    )
+    assert report["tensor_parallel_ranks"]["1"] == {"weights": 234_339_867_536, "replicated": 0}
     assert report["quantizing"]["seconds"] is None
     assert {kernel["name"] for kernel in report["kernels"]} == {"FP4 tensor cores", "Marlin", "emulation"}
 
@@ -93,6 +99,9 @@ def test_headers_show_that_every_head_has_its_own_key_and_value(pico: Callable[.
         (["--max-model-len", "131073"], "max_position_embeddings is 131072"),
         (["--ignore", "nothing"], "--ignore nothing matches no Linear"),
         (["--revision", "main"], "is local and has none"),
+        (["--method", "awq"], "--method awq is not known; known are: max, search, gptq, replay"),
+        (["--scheme", "NVFP4A16", "--method", "gptq"], "--method gptq needs data"),
+        (["--calibration", "none"], "NVFP4 needs data for its input scales"),
     ],
 )
 def test_options_that_cannot_be(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -153,11 +162,32 @@ def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_TOKENS", 32)
 
 
+def rates_of(folder: Path, seconds: float = 0.05, **changes: Any) -> probe.Rates:
+    settings = QuantizeSettings(
+        **{"model": "m", "revision": None, "scheme": "NVFP4", "kv_cache_scheme": None, "method": "max"},
+        **{"smooth": False, "targets": (), "ignore": (), "calibration": "text", "probe": None, "seed": 0},
+        **{"num_calibration_samples": 1, "num_validation_samples": 1, "num_probe_samples": 1, "max_seq_length": 16},
+        **{"input_headroom": 2.0, "micro_batch_tokens": 32, "threads": 1},
+        **({"compute_dtype": "float32", "device": "cpu"}),
+    )
+    settings = replace(settings, **changes)
+    return probe.measure_rates(folder, None, settings, find_method(settings.method), seconds)
+
+
 @pytest.mark.usefixtures("short_probe")
 def test_rates_are_measured_and_nothing_is_left(tmp_path: Path) -> None:
-    rates = probe.measure_rates(tmp_path, None, torch.float32, torch.device("cpu"), seconds=0.05)
-    assert all(value > 0 for value in vars(rates).values())
+    rates = vars(rates_of(tmp_path))
+    assert {name for name, value in rates.items() if value is None} == {"smooth", "curvature"}
+    assert all(value > 0 for value in rates.values() if value is not None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("short_probe")
+def test_what_a_recipe_adds_is_measured(tmp_path: Path) -> None:
+    rates = rates_of(tmp_path, method="gptq", smooth=True)
+    assert all(value > 0 for value in vars(rates).values())
+    weight_only = rates_of(tmp_path, method="search", scheme="NVFP4A16", calibration="none")
+    assert weight_only.smooth is None and weight_only.curvature is None
 
 
 @pytest.mark.usefixtures("short_probe")
@@ -168,9 +198,10 @@ def test_times_follow_from_rates(pico: Callable[..., Path], tmp_path: Path, monk
     cost = fourge.plan(str(pico("llama")), output=tmp_path, device="cpu").quantizing
     assert cost is not None and cost.rates is not None and cost.seconds is not None
     parts = cost.seconds
-    assert parts.total == pytest.approx(parts.reading + parts.computing + parts.quantizing + parts.writing)
-    assert parts.reading == pytest.approx(cost.bytes_read / cost.rates.disk_read)
-    assert parts.writing == pytest.approx(cost.bytes_written / cost.rates.disk_write)
+    single = (parts.reading, parts.computing, parts.smoothing, parts.quantizing, parts.writing)
+    assert parts.total == pytest.approx(sum(single)) and all(single)
+    assert parts.reading == pytest.approx(cost.work.bytes_read / cost.rates.disk_read)
+    assert parts.writing == pytest.approx(cost.work.bytes_written / cost.rates.disk_write)
 
 
 @pytest.mark.usefixtures("short_probe")
@@ -180,11 +211,11 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(probe, "write_safetensors", full)
     with pytest.raises(InputError, match=r"No space left on device, so its disk cannot be measured; name another -o"):
-        probe.measure_rates(tmp_path, None, torch.float32, torch.device("cpu"), seconds=0.05)
+        rates_of(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.gpu
 def test_rates_of_a_gpu(tmp_path: Path) -> None:
-    rates = probe.measure_rates(tmp_path, None, torch.bfloat16, torch.device("cuda"), seconds=1)
-    assert rates.linear_bf16 > 1e12
+    rates = rates_of(tmp_path, seconds=1, method="gptq", smooth=True, device="cuda", compute_dtype="bfloat16")
+    assert rates.linear_bf16 > 1e12 and rates.curvature

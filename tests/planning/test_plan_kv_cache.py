@@ -31,6 +31,15 @@ def test_the_planned_tensors_are_those_written(with_cache: Path, tmp_path: Path)
     assert {name: parts[name] - fewer[name] for name in parts if parts[name] != fewer[name]} == {"attention": 2 * 2 * 4}
 
 
+def test_a_source_that_will_have_scales(with_cache: Path, pico: Callable[..., Path]) -> None:
+    """Planned before anything is written: the bytes, and the cache that `auto` will then mean."""
+    report = plan(pico(), kv_cache_scheme="fp8")
+    assert report.sizes.output_bytes == tensor_bytes(with_cache)
+    assert report.sizes.shard_bytes == sum(path.stat().st_size for path in with_cache.glob("*.safetensors"))
+    assert report.quantizing is not None and report.quantizing.disk_output == report.sizes.shard_bytes
+    assert report.request.kv_cache_dtype == "fp8"
+
+
 @pytest.mark.parametrize(("asked", "bytes_per_value"), [(None, 1), ("auto", 1), ("fp8", 1), ("bfloat16", 2)])
 def test_the_cache_is_counted_as_the_engine_will_keep_it(
     asked: str | None, bytes_per_value: int, tmp_path: Path

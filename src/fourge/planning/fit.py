@@ -30,8 +30,10 @@ class Fit:
     """`count` GPUs of one kind under a request; bytes are per GPU.
 
     `budget` is the share that the engine may take. `overhead`, what it needs beside weights and cache, is an
-    estimate, as is what follows from it; `weights` is exact, and `replicated` of it lies on other ranks too. Where
-    `holds` is False, `reason` says why, and the bytes are 0 if there is no kernel or the model cannot be cut so.
+    estimate, as is what follows from it; `weights` is exact, and `replicated` of it lies on other ranks too.
+    `kv_cache_tokens` and `full_length_sequences` are in the dtype of the request, `kv_cache_tokens_fp8` whatever
+    that is. Where `holds` is False, `reason` says why, and the bytes are 0 if there is no kernel or the model cannot
+    be cut so.
     """
 
     gpu: str
@@ -46,6 +48,7 @@ class Fit:
     overhead: int = 0
     kv_cache: int = 0
     kv_cache_tokens: int = 0
+    kv_cache_tokens_fp8: int = 0
     full_length_sequences: int = 0
     roofline: Roofline | None = None
 
@@ -70,8 +73,7 @@ def fit(facts: ModelFacts, gpu: Gpu, count: int, request: Request) -> Fit:
     held = rank_bytes(facts, count)
     overhead = estimate_overhead(facts, gpu, kernel, count)
     cache = max(0, budget - held.weights - overhead)
-    block = BLOCK_TOKENS * bytes_per_token(facts, request.kv_cache_dtype, count)
-    tokens = cache // block * BLOCK_TOKENS
+    tokens = _tokens_held(cache, facts, request.kv_cache_dtype, count)
     sequences = tokens // request.max_model_len
     reason = _shortage(request, budget, held.weights, overhead, tokens) if sequences < request.concurrency else None
     length, at_once, dtype = request.max_model_len, request.concurrency, request.kv_cache_dtype
@@ -88,9 +90,15 @@ def fit(facts: ModelFacts, gpu: Gpu, count: int, request: Request) -> Fit:
         overhead=overhead,
         kv_cache=cache,
         kv_cache_tokens=tokens,
+        kv_cache_tokens_fp8=_tokens_held(cache, facts, "fp8", count),
         full_length_sequences=sequences,
         roofline=None if reason else bound_speed(facts, gpu, kernel, count, length, at_once, dtype),
     )
+
+
+def _tokens_held(cache: int, facts: ModelFacts, dtype: KvCacheDtype, count: int) -> int:
+    """Tokens in `cache` bytes of each rank, in whole blocks."""
+    return cache // (BLOCK_TOKENS * bytes_per_token(facts, dtype, count)) * BLOCK_TOKENS
 
 
 def estimate_overhead(facts: ModelFacts, gpu: Gpu, kernel: Kernel, size: int) -> int:

@@ -22,7 +22,7 @@ from fourge.checkpoint.writer import Specs, safetensors_size
 from fourge.checks.config import Quantization, check_config
 from fourge.errors import InputError
 from fourge.planning.facts import ModelFacts, Stored
-from fourge.settings import Scheme
+from fourge.settings import KvCacheScheme, Scheme
 from fourge.walk.selection import match_linears, select_linears
 from fourge.walk.skeleton import Skeleton
 
@@ -54,11 +54,16 @@ class _Found:
 
 
 def describe(
-    model: str, revision: str | None, scheme: Scheme, targets: Sequence[str], ignore: Sequence[str]
+    model: str,
+    revision: str | None,
+    scheme: Scheme,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    kv_cache_scheme: KvCacheScheme | None = None,
 ) -> tuple[ModelFacts, SourceLayout | None]:
     """The facts of `model`: a directory, a `config.json` under any name, or a hub id.
 
-    For a source, `scheme`, `targets` and `ignore` say what its quantized form is; an NVFP4 checkpoint is taken as
+    For a source, `scheme` and what follows it say what its quantized form is; an NVFP4 checkpoint is taken as
     it is, and the second value is None. Raises InputError for a config that lacks fields, is of an unknown
     architecture or disagrees with the headers, and for checkpoints quantized in another way.
     """
@@ -69,7 +74,7 @@ def describe(
     skeleton = Skeleton(config, architecture, torch.device("cpu"))
     if found.raw.get("quantization_config") is not None:
         return _describe_quantized(found, skeleton, _read_quantization(found)), None
-    return _describe_source(found, skeleton, scheme, targets, ignore)
+    return _describe_source(found, skeleton, scheme, targets, ignore, kv_cache_scheme)
 
 
 def _find(model: str, revision: str | None) -> _Found:
@@ -144,7 +149,12 @@ def _parse_config(found: _Found) -> Any:
 
 
 def _describe_source(
-    found: _Found, skeleton: Skeleton, scheme: Scheme, targets: Sequence[str], ignore: Sequence[str]
+    found: _Found,
+    skeleton: Skeleton,
+    scheme: Scheme,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    kv_cache_scheme: KvCacheScheme | None,
 ) -> tuple[ModelFacts, SourceLayout]:
     notes = list(_notes(found, skeleton))
     if found.checkpoint is not None:
@@ -161,12 +171,12 @@ def _describe_source(
         skeleton.tied_head,
         select_linears(skeleton.linears, targets, ignore),
     )
-    shards = [layout.output_specs(step, checkpoint.tensors, scheme) for step in range(layout.num_steps)]
+    shards = [layout.output_specs(step, checkpoint.tensors, scheme, kv_cache_scheme) for step in range(layout.num_steps)]
     facts = _facts(
         found,
         skeleton,
         scheme=scheme,
-        kv_cache_scheme=None,
+        kv_cache_scheme=kv_cache_scheme,
         shapes=layout.shapes,
         quantized=layout.quantized,
         source={

@@ -13,14 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fourge.checkpoint.header import TensorInfo
 from fourge.checkpoint.reader import require_finite
 from fourge.checkpoint.writer import write_safetensors
 from fourge.errors import InputError
+from fourge.methods.base import Method
+from fourge.methods.hessian import HessianAccumulator
 from fourge.methods.max import Max
+from fourge.methods.observe import InputStatistics
+from fourge.methods.smooth import Rounding, Sample, Tie, choose, output_error
 from fourge.nvfp4.quantize import QuantizedWeight, global_scale
+from fourge.settings import QuantizeSettings
 from fourge.walk.linear import InputSite, LaneLinear
+from fourge.walk.passes import needs_calibration
+from fourge.walk.smoothing import SAMPLED
 from fourge.walk.weight_error import relative_weight_error
 
 _FILE_BYTES = 256 << 20
@@ -30,76 +38,133 @@ _COLUMNS = {"cpu": 2048, "cuda": 8192}
 """K of the weight, which has four times as many rows: large enough for full speed, small enough to repeat."""
 _TOKENS = 2048
 """As many as quantize runs through a layer at once, unless told otherwise."""
+_ROWS = 128
+"""Of the weight, for smoothing, whose cost grows with rows and columns alike."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes/s from and to disk, source bytes/s quantized, FLOP/s of the Linears of each lane."""
+    """Bytes/s from and to disk, source bytes/s quantized by the method, FLOP/s of the Linears of each lane.
+
+    `smooth`: bytes/s of the rows that smoothing tries its exponents on; `curvature`: FLOP/s of a Hessian's products.
+    Both are None where the settings have none.
+    """
 
     disk_read: float
     disk_write: float
     quantize: float
+    smooth: float | None
+    curvature: float | None
     linear_bf16: float
     linear_nvfp4: float
     seconds: float
 
 
 def measure_rates(
-    folder: Path,
-    shard: Path | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    seconds: float,
+    folder: Path, shard: Path | None, settings: QuantizeSettings, method: Method, seconds: float
 ) -> Rates:
     """Measures for about `seconds`, in equal parts.
 
     Writes a file of 256 MB into `folder`, which is removed, and reads it back, or the source's `shard` where there
-    is one of that size. Arithmetic is in `dtype` on `device`. Raises InputError where `folder` cannot be written to.
+    is one of that size. Raises InputError where `folder` cannot be written to.
     """
     began = time.monotonic()
-    share = seconds / 5
-    content = {"x": torch.zeros(_FILE_BYTES, dtype=torch.uint8)}
-    with _disk_errors_named(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".fourge-probe-") as scratch:
-        path = Path(scratch) / "probe.safetensors"
-        disk_write = _measure(share, lambda: write_safetensors(path, content).size)
-        if shard is None or shard.stat().st_size < _FILE_BYTES:
-            shard = path
-        disk_read = _measure_reading(share, shard)
-    columns = _COLUMNS[device.type]
-    square = torch.randn(columns, columns).to(device, torch.bfloat16)
-    info = TensorInfo("square", "BF16", (columns, columns), Path(), 0, square.nbytes)
+    device, dtype = torch.device(settings.device), getattr(torch, settings.compute_dtype)
+    share = seconds / (5 + settings.smooth + method.needs_hessian)
+    disk_write, disk_read = _measure_disk(folder, shard, share)
+    square = torch.randn(_COLUMNS[device.type], _COLUMNS[device.type]).to(device, torch.bfloat16)
+    bf16, nvfp4 = _linears(square)
+    x = torch.randn(_TOKENS, len(square), device=device, dtype=dtype)
 
-    def quantize() -> QuantizedWeight:
-        require_finite(square, info)
-        quantized = Max().quantize_group({"square": square}, None, [])["square"]
-        relative_weight_error(square, quantized)
-        return quantized
+    def rate(work: Callable[[], int]) -> float:
+        return _measure(share, work, device)
 
-    def quantize_square() -> int:
-        quantize()
-        return square.nbytes
-
-    one = quantize()
-    quantized = QuantizedWeight(one.packed.repeat(4, 1), one.scale.repeat(4, 1), one.global_scale)
-    x = torch.randn(_TOKENS, columns, device=device, dtype=dtype)
-    site = InputSite(global_scale=global_scale(x.abs().amax()).reshape(1))
-
-    def run(linear: LaneLinear) -> int:
-        linear(x)
-        linear.site.forget()
-        return 2 * x.numel() * linear.stored.shape[0]
-
-    bf16 = LaneLinear(square.repeat(4, 1), None, InputSite())
-    nvfp4 = LaneLinear(quantized, None, site)
     with torch.no_grad():
         return Rates(
             disk_read=disk_read,
             disk_write=disk_write,
-            quantize=_measure(share, quantize_square, device),
-            linear_bf16=_measure(share, lambda: run(bf16), device),
-            linear_nvfp4=_measure(share, lambda: run(nvfp4), device),
+            quantize=rate(_quantizing(square, settings, method)),
+            smooth=rate(_smoothing(square, settings, method)) if settings.smooth else None,
+            curvature=rate(_summing(square)) if method.needs_hessian else None,
+            linear_bf16=rate(lambda: _run(bf16, x)),
+            linear_nvfp4=rate(lambda: _run(nvfp4, x)),
             seconds=time.monotonic() - began,
         )
+
+
+# Pieces of work on a weight `square`, bfloat16 `[K, K]`
+
+
+def _quantizing(square: Tensor, settings: QuantizeSettings, method: Method) -> Callable[[], int]:
+    """What the walk does with a weight, given what calibration saw of an input."""
+    info = TensorInfo("square", "BF16", tuple(square.shape), Path(), 0, square.nbytes)
+    statistics = None
+    if needs_calibration(settings, method) and settings.calibration != "none":
+        statistics = InputStatistics(weigh_channels=method.weighs_channels)
+        statistics.observe(square)
+        if method.needs_hessian:
+            statistics.hessian = HessianAccumulator(len(square), square.device)
+            statistics.hessian.add(square)
+
+    def quantize() -> int:
+        require_finite(square, info)
+        quantized = method.quantize_group({"square": square}, statistics, [])["square"]
+        relative_weight_error(square, quantized)
+        return square.nbytes
+
+    return quantize
+
+
+def _smoothing(square: Tensor, settings: QuantizeSettings, method: Method) -> Callable[[], int]:
+    """What smoothing does with some rows of a weight: every candidate, then the verdict on other text."""
+    rounding = Rounding(method.weighs_channels, settings.scheme == "NVFP4", settings.input_headroom)
+    sample = Sample(square[:SAMPLED].to(getattr(torch, settings.compute_dtype)), [square[:_ROWS]], square.abs().amax(0))
+
+    def smooth() -> int:
+        _, exponents = choose(sample, Tie(), rounding)
+        for tried in (torch.zeros_like(exponents), exponents):
+            output_error(sample, tried, rounding)
+        return square[:_ROWS].nbytes
+
+    return smooth
+
+
+def _summing(square: Tensor) -> Callable[[], int]:
+    """What a Hessian does with a micro-batch."""
+    hessian = HessianAccumulator(len(square), square.device)
+
+    def add() -> int:
+        hessian.add(square)
+        return len(square) ** 3
+
+    return add
+
+
+def _linears(square: Tensor) -> tuple[LaneLinear, LaneLinear]:
+    """A Linear `[4K, K]` of each lane."""
+    one = Max().quantize_group({"square": square}, None, [])["square"]
+    quantized = QuantizedWeight(one.packed.repeat(4, 1), one.scale.repeat(4, 1), one.global_scale)
+    site = InputSite(global_scale=global_scale(torch.tensor(4.0, device=square.device)).reshape(1))
+    return LaneLinear(square.repeat(4, 1), None, InputSite()), LaneLinear(quantized, None, site)
+
+
+def _run(linear: LaneLinear, x: Tensor) -> int:
+    linear(x)
+    linear.site.forget()
+    return 2 * x.numel() * linear.stored.shape[0]
+
+
+# The clock, and the disk
+
+
+def _measure_disk(folder: Path, shard: Path | None, share: float) -> tuple[float, float]:
+    """Bytes/s written and read, `share` seconds each."""
+    content = {"x": torch.zeros(_FILE_BYTES, dtype=torch.uint8)}
+    with _disk_errors_named(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".fourge-probe-") as scratch:
+        path = Path(scratch) / "probe.safetensors"
+        written = _measure(share, lambda: write_safetensors(path, content).size)
+        large = shard is not None and shard.stat().st_size >= _FILE_BYTES
+        return written, _measure_reading(share, shard if large and shard is not None else path)
 
 
 def _measure(seconds: float, work: Callable[[], int], device: torch.device | None = None) -> float:

@@ -1,6 +1,6 @@
 """What the quantization itself takes: disk, memory, bytes moved, arithmetic, and from measured rates the time.
 
-The walk does one thing after the other (read, compute, quantize, write), so the times add up.
+The walk does one thing after the other (read, compute, smooth, quantize, write), so the times add up.
 """
 
 import shutil
@@ -9,28 +9,21 @@ from pathlib import Path
 
 import torch
 
-from fourge.planning.facts import ModelFacts, largest_layer_bytes, part_of, total_bytes
+from fourge.methods import find_method
+from fourge.planning.facts import ModelFacts, largest_layer_bytes, part_of
 from fourge.planning.model import SourceLayout
 from fourge.planning.probe import Rates, measure_rates
+from fourge.planning.work import Tokens, Work, count_work
+from fourge.progress import announced
+from fourge.settings import QuantizeSettings
 from fourge.walk.hidden import HiddenLayout
+from fourge.walk.passes import require_data
 from fourge.walk.resources import available_memory, estimate_needs
 
 PROBE_SECONDS = 10.0
 
 _HOST_SLACK = 2 << 30
 """Host memory of a process that computes on a GPU: torch with its CUDA libraries, and I/O buffers."""
-
-
-@dataclass(frozen=True)
-class QuantizingRequest:
-    """The settings of `fourge quantize` that its cost follows from, resolved."""
-
-    num_calibration_samples: int
-    num_probe_samples: int
-    max_seq_length: int
-    micro_batch_tokens: int
-    compute_dtype: str
-    device: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,7 @@ class Seconds:
 
     reading: float
     computing: float
+    smoothing: float
     quantizing: float
     writing: float
     total: float
@@ -62,101 +56,54 @@ class QuantizingCost:
 
     device: str
     compute_dtype: str
-    calibration_tokens: int
-    probe_tokens: int
+    method: str
+    smooth: bool
+    tokens: Tokens
     disk: Resource
     disk_output: int
     disk_hidden_states: int
     host_memory: Resource
     device_memory: Resource | None
-    bytes_read: int
-    bytes_written: int
-    flop_bf16_lane: int
-    flop_nvfp4_lane: int
+    work: Work
     rates: Rates | None
     seconds: Seconds | None
 
 
 def estimate_quantizing(
-    facts: ModelFacts, source: SourceLayout, request: QuantizingRequest, folder: Path, probe: bool
+    facts: ModelFacts, source: SourceLayout, settings: QuantizeSettings, folder: Path, probe: bool
 ) -> QuantizingCost:
-    """The cost on this machine, with the output in `folder`, whose disk is looked at and, with `probe`, measured."""
-    device, dtype = torch.device(request.device), getattr(torch, request.compute_dtype)
-    tokens = _Tokens.of(facts, request)
+    """The cost on this machine, with the output in `folder`, whose disk is looked at and, with `probe`, measured.
+
+    Raises InputError for a method that is not known or cannot do without data.
+    """
+    method = find_method(settings.method)
+    require_data(settings, method)
+    device, dtype = torch.device(settings.device), getattr(torch, settings.compute_dtype)
+    tokens = Tokens.of(settings, method)
     hidden = HiddenLayout(tokens.rows, facts.hidden_size, dtype)
-    needs = estimate_needs(source.layout, source.checkpoint, facts.scheme, hidden, tokens.longest_batch)
+    needs = estimate_needs(source.layout, source.checkpoint, settings, method, hidden, tokens.longest_batch)
+    work = count_work(facts, settings, method, tokens, hidden, needs.output)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     on_gpu = device.type == "cuda"
-    # Written once a step but the last, read once a layer and by the head.
-    hidden_traffic = (facts.num_layers + 1) * hidden.nbytes
-    read = _source_bytes_read(facts, tokens) + hidden_traffic
-    written = needs.output + hidden_traffic
-    bf16, nvfp4 = _flop(facts, tokens)
     rates = None
     if probe:
-        rates = measure_rates(existing, _largest_shard(facts, source), dtype, device, PROBE_SECONDS)
+        with announced(f"Measuring this machine for about {PROBE_SECONDS:.0f} seconds"):
+            rates = measure_rates(existing, _largest_shard(facts, source), settings, method, PROBE_SECONDS)
     return QuantizingCost(
-        device=request.device,
-        compute_dtype=request.compute_dtype,
-        calibration_tokens=tokens.calibration,
-        probe_tokens=tokens.probe,
+        device=settings.device,
+        compute_dtype=settings.compute_dtype,
+        method=settings.method,
+        smooth=settings.smooth,
+        tokens=tokens,
         disk=Resource(needs.disk, shutil.disk_usage(existing).free),
         disk_output=needs.output,
         disk_hidden_states=2 * needs.hidden,
         host_memory=Resource(_host_beside_gpu(facts) if on_gpu else needs.memory, available_memory()),
         device_memory=Resource(needs.memory, torch.cuda.mem_get_info(device)[0]) if on_gpu else None,
-        bytes_read=read,
-        bytes_written=written,
-        flop_bf16_lane=bf16,
-        flop_nvfp4_lane=nvfp4,
+        work=work,
         rates=rates,
-        seconds=None if rates is None else _estimate_seconds(facts, rates, read, written, bf16, nvfp4),
+        seconds=None if rates is None else _estimate_seconds(work, rates),
     )
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """How many tokens run through which lane. Weight-only schemes are quantized without data, so through none."""
-
-    calibration: int
-    probe: int
-    length: int
-    longest_batch: int
-
-    @classmethod
-    def of(cls, facts: ModelFacts, request: QuantizingRequest) -> "_Tokens":
-        if facts.scheme == "NVFP4A16":
-            return cls(0, 0, 0, 0)
-        length = request.max_seq_length
-        return cls(
-            calibration=request.num_calibration_samples * length,
-            probe=request.num_probe_samples * length,
-            length=length,
-            longest_batch=max(1, request.micro_batch_tokens // length) * length,
-        )
-
-    @property
-    def rows(self) -> int:
-        """Of a hidden-state file: the probe is in both lanes."""
-        return self.calibration + 2 * self.probe
-
-
-def _source_bytes_read(facts: ModelFacts, tokens: _Tokens) -> int:
-    """Every tensor once; what is copied again when written; embedding and head for the tokens that need them."""
-    assert facts.source is not None
-    kept = total_bytes(facts.source, lambda name: name.removesuffix(".weight") not in facts.quantized)
-    row = facts.source[f"{facts.architecture.embedding}.weight"].nbytes // facts.vocab_size
-    looked_up = min(tokens.rows, facts.vocab_size) * row
-    head = facts.vocab_size * row if tokens.probe else 0
-    return total_bytes(facts.source) + kept + looked_up + head
-
-
-def _flop(facts: ModelFacts, tokens: _Tokens) -> tuple[int, int]:
-    """Floating-point operations in the bf16 and in the nvfp4 lane: Linears, attention, and the head on the probe."""
-    attention = 4 * facts.num_layers * facts.num_attention_heads * facts.head_dim * tokens.length // 2
-    token = 2 * facts.linear_parameters + attention
-    head = 2 * facts.head_parameters * tokens.probe
-    return (tokens.calibration + tokens.probe) * token + head, tokens.probe * token + head
 
 
 def _host_beside_gpu(facts: ModelFacts) -> int:
@@ -176,10 +123,12 @@ def _largest_shard(facts: ModelFacts, source: SourceLayout) -> Path | None:
     return max({info.path for info in source.checkpoint.tensors.values()}, key=lambda path: path.stat().st_size)
 
 
-def _estimate_seconds(facts: ModelFacts, rates: Rates, read: int, written: int, bf16: int, nvfp4: int) -> Seconds:
-    assert facts.source is not None
-    source = total_bytes(facts.source, lambda name: name.removesuffix(".weight") in facts.quantized)
-    reading, writing = read / rates.disk_read, written / rates.disk_write
-    computing = bf16 / rates.linear_bf16 + nvfp4 / rates.linear_nvfp4
-    quantizing = source / rates.quantize
-    return Seconds(reading, computing, quantizing, writing, reading + computing + quantizing + writing)
+def _estimate_seconds(work: Work, rates: Rates) -> Seconds:
+    reading, writing = work.bytes_read / rates.disk_read, work.bytes_written / rates.disk_write
+    computing = work.flop_bf16_lane / rates.linear_bf16 + work.flop_nvfp4_lane / rates.linear_nvfp4
+    if rates.curvature is not None:
+        computing += work.flop_curvature / rates.curvature
+    smoothing = 0.0 if rates.smooth is None else work.smoothed_bytes / rates.smooth
+    quantizing = work.rounded_bytes / rates.quantize
+    total = reading + computing + smoothing + quantizing + writing
+    return Seconds(reading, computing, smoothing, quantizing, writing, total)

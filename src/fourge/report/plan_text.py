@@ -47,9 +47,16 @@ def _model_lines(report: "PlanReport") -> list[str]:
         *(f"    {line}" for line in _table(_part_rows(sizes))),
         f"  KV cache         {report.kv_cache.bytes_per_token_bf16:,} bytes a token in BF16, "
         f"{report.kv_cache.bytes_per_token_fp8:,} in FP8",
-        f"  tensor parallel  {', '.join(map(str, report.tensor_parallel_sizes)) or 'none'}",
+        f"  tensor parallel  {_ranks(report) or 'none'}",
     ]
     return lines + [f"                   not {size}: {why}" for size, why in report.tensor_parallel_obstacles.items()]
+
+
+def _ranks(report: "PlanReport") -> str:
+    """The sizes over which the model can be cut, and what each of so many ranks holds."""
+    ranks = report.tensor_parallel_ranks
+    texts = [f"{size}: {rank.weights / _GIB:,.1f}" for size, rank in ranks.items()]
+    return ", ".join(texts) + (" GiB of weights a rank" if texts else "")
 
 
 def _part_rows(sizes: "ModelSizes") -> list[list[str]]:
@@ -70,7 +77,7 @@ def _serving_lines(report: "PlanReport") -> list[str]:
         *(f"  {fit.gpu}: {fit.reason}" for fit in report.gpus if not fit.holds),
     ]
     if report.asked is not None:
-        lines += ["", *_asked_lines(report.asked)]
+        lines += ["", *_asked_lines(report.asked, asked.max_model_len)]
     lines.append("  ≤ are upper bounds, a roofline of bandwidth and arithmetic, not predictions; tokens/s over all")
     lines.append("  sequences: one alone with an empty cache, all of them at full length, a prompt of full length.")
     for kernel in report.kernels:
@@ -79,7 +86,7 @@ def _serving_lines(report: "PlanReport") -> list[str]:
 
 
 _FIT_HEADER = [
-    *("GPU", "number", "kernel", "weights each", "KV tokens", "sequences"),
+    *("GPU", "number", "kernel", "weights each", "KV tokens", "sequences", "in FP8"),
     *("one ≤", "decode ≤", "prefill ≤"),
 ]
 
@@ -88,24 +95,26 @@ def _fit_row(fit: "Fit") -> list[str]:
     if not fit.holds:
         return [fit.gpu, "–", fit.kernel or "none"]
     row = [fit.gpu, str(fit.count), fit.kernel or "none", f"{fit.weights / _GIB:.1f} GiB"]
-    row += [f"{fit.kv_cache_tokens:,}", f"{fit.full_length_sequences:,}"]
+    row += [f"{fit.kv_cache_tokens:,}", f"{fit.full_length_sequences:,}", f"{fit.kv_cache_tokens_fp8:,}"]
     if fit.roofline is None:
         return [*row, "–", "–", "–"]
     speeds = (fit.roofline.decode_alone, fit.roofline.decode, fit.roofline.prefill)
     return [*row, *(f"{speed:,.0f}" for speed in speeds)]
 
 
-def _asked_lines(fit: "Fit") -> list[str]:
+def _asked_lines(fit: "Fit", max_model_len: int) -> list[str]:
     verdict = "holds it" if fit.holds else f"does not: {fit.reason}"
     lines = [f"  {fit.count} × {fit.gpu} ({both_units(fit.memory)} each): {verdict}"]
     if not fit.weights:
         return lines
     lines += [
+        f"    kernel               {fit.kernel}",
         f"    the engine may take  {both_units(fit.budget)} of each",
         f"    weights              {both_units(fit.weights)}, {format_bytes(fit.replicated)} of it on other ranks too",
         f"    to work in, about    {both_units(fit.overhead)}",
         f"    KV cache             {both_units(fit.kv_cache)}: {fit.kv_cache_tokens:,} tokens, "
-        f"{fit.full_length_sequences:,} at full length",
+        f"{fit.full_length_sequences:,} at full length; in FP8 {fit.kv_cache_tokens_fp8:,}, "
+        f"{fit.kv_cache_tokens_fp8 // max_model_len:,}",
     ]
     if fit.roofline is not None:
         speed = fit.roofline
@@ -119,30 +128,53 @@ def _asked_lines(fit: "Fit") -> list[str]:
 
 
 def _quantizing_lines(cost: "QuantizingCost") -> list[str]:
+    work, tokens = cost.work, cost.tokens
+    how = f"{cost.method}{' with smoothing' if cost.smooth else ''}"
     lines = [
-        f"Quantizing it on {cost.device} in {cost.compute_dtype}, up to {cost.calibration_tokens:,} calibration and "
-        f"{cost.probe_tokens:,} probe tokens:",
+        f"Quantizing it by {how}, on {cost.device} in {cost.compute_dtype}:",
+        f"  tokens         up to {tokens.calibration:,} for calibration, {tokens.validation:,} for validation, "
+        f"{tokens.probe:,} for the probe",
         f"  disk           {_resource(cost.disk)}: {format_bytes(cost.disk_output)} output, "
         f"{format_bytes(cost.disk_hidden_states)} hidden states",
         f"  host memory    {_resource(cost.host_memory)}",
     ]
     if cost.device_memory is not None:
         lines.append(f"  device memory  {_resource(cost.device_memory)}")
-    flop = cost.flop_bf16_lane + cost.flop_nvfp4_lane
+    parts = [f"{_flop(work.flop_nvfp4_lane)} with quantized weights"]
+    if work.flop_curvature:
+        parts.append(f"{_flop(work.flop_curvature)} for Hessians")
+    total = work.flop_bf16_lane + work.flop_nvfp4_lane + work.flop_curvature
     lines += [
-        f"  moved          {format_bytes(cost.bytes_read)} read, {format_bytes(cost.bytes_written)} written",
-        f"  arithmetic     {_flop(flop)}, of which {_flop(cost.flop_nvfp4_lane)} with quantized weights",
+        f"  moved          {format_bytes(work.bytes_read)} read, {format_bytes(work.bytes_written)} written",
+        f"  arithmetic     {_flop(total)}, of which {', '.join(parts)}",
     ]
+    return lines + _time_lines(cost)
+
+
+def _time_lines(cost: "QuantizingCost") -> list[str]:
     if cost.rates is None or cost.seconds is None:
-        return [*lines, "  time           not estimated: nothing was measured (--no-probe)"]
+        return ["  time           not estimated: nothing was measured (--no-probe)"]
     rates, seconds = cost.rates, cost.seconds
+    measured = [
+        f"read {_mega(rates.disk_read)} MB/s",
+        f"write {_mega(rates.disk_write)} MB/s",
+        f"quantize {_mega(rates.quantize)} MB/s",
+        f"{rates.linear_bf16 / _GIGA:,.0f} GFLOP/s",
+        f"with quantized weights {rates.linear_nvfp4 / _GIGA:,.0f}",
+    ]
+    if rates.curvature is not None:
+        measured.append(f"for Hessians {rates.curvature / _GIGA:,.0f}")
+    spent = {
+        "reading": seconds.reading,
+        "computing": seconds.computing,
+        "smoothing": seconds.smoothing,
+        "quantizing": seconds.quantizing,
+        "writing": seconds.writing,
+    }
+    parts = ", ".join(f"{_days(time)} {what}" for what, time in spent.items() if time)
     return [
-        *lines,
-        f"  measured       read {_mega(rates.disk_read)} MB/s, write {_mega(rates.disk_write)} MB/s, quantize "
-        f"{_mega(rates.quantize)} MB/s, {rates.linear_bf16 / _GIGA:,.0f} GFLOP/s, with quantized weights "
-        f"{rates.linear_nvfp4 / _GIGA:,.0f} (in {format_seconds(rates.seconds)})",
-        f"  time, about    {_days(seconds.total)}: {_days(seconds.reading)} reading, {_days(seconds.computing)} "
-        f"computing, {_days(seconds.quantizing)} quantizing, {_days(seconds.writing)} writing",
+        f"  measured       {', '.join(measured)} (in {format_seconds(rates.seconds)})",
+        f"  time, about    {_days(seconds.total)}: {parts}",
     ]
 
 

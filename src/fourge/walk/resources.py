@@ -15,10 +15,12 @@ from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.writer import num_bytes, safetensors_size
 from fourge.errors import InputError
+from fourge.methods.base import Method
 from fourge.progress import format_bytes, resident_bytes
-from fourge.settings import KvCacheScheme, Scheme
+from fourge.settings import QuantizeSettings, Scheme
 from fourge.walk.compensation import compensation_bytes
 from fourge.walk.hidden import HiddenLayout
+from fourge.walk.smoothing import smoothing_bytes
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _MAPPED_BLOCK_BYTES = 16 << 20
@@ -54,25 +56,26 @@ class Needs:
 def estimate_needs(
     layout: Layout,
     source: Checkpoint,
-    scheme: Scheme,
+    settings: QuantizeSettings,
+    method: Method,
     hidden: HiddenLayout,
     longest_batch: int,
-    needs_hessian: bool = False,
-    kv_cache_scheme: KvCacheScheme | None = None,
-    compensates: bool = False,
 ) -> Needs:
     """The needs of a run whose longest micro-batch has `longest_batch` tokens (0 for none)."""
     output = sum(
-        safetensors_size(layout.output_specs(step, source.tensors, scheme, kv_cache_scheme))
+        safetensors_size(layout.output_specs(step, source.tensors, settings.scheme, settings.kv_cache_scheme))
         for step in range(layout.num_steps)
     )
     layer = max(
-        _largest_moment(layout, source, scheme, layer, needs_hessian, compensates) for layer in range(layout.num_layers)
+        _largest_moment(layout, source, settings.scheme, layer, method.needs_hessian, method.compensates)
+        for layer in range(layout.num_layers)
     )
     widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
     # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
     micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
-    return Needs(output, hidden.nbytes, layer, micro_batch, _METHOD_BYTES if needs_hessian else 0)
+    smoothing = smoothing_bytes(layout, hidden.dtype) if settings.smooth else 0
+    works_with = max(smoothing, _METHOD_BYTES if method.needs_hessian else 0)
+    return Needs(output, hidden.nbytes, layer, micro_batch, works_with)
 
 
 def _largest_moment(

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -25,10 +25,10 @@ from fourge.walk.finish import finish_checkpoint
 from fourge.walk.hidden import HiddenLayout
 from fourge.walk.job import Job
 from fourge.walk.model import describe_model, require_finite_ends
+from fourge.walk.passes import passes, require_data
 from fourge.walk.resident import make_sampler
 from fourge.walk.resources import estimate_needs, require_resources
 from fourge.walk.skeleton import Skeleton
-from fourge.walk.smoothing import smoothing_bytes
 from fourge.walk.steps import QuantizingWalk
 from fourge.walk.streams import Stream, lay_out
 from fourge.walk.walk import Walk
@@ -51,24 +51,7 @@ class QuantizeRun:
     def prepare(cls, settings: QuantizeSettings, output: Path) -> Self:
         """Reads config and headers, and holds them against the settings; InputError where something cannot be."""
         method = find_method(settings.method)
-        if settings.calibration == "none" and method.needs_hessian:
-            raise InputError(
-                f"--calibration none: --method {settings.method} needs data; name some, or --method search"
-            )
-        if settings.scheme == "NVFP4" and settings.calibration == "none":
-            raise InputError(
-                "--calibration none: NVFP4 needs data for its input scales; name some, or --scheme NVFP4A16"
-            )
-        if settings.kv_cache_scheme is not None and settings.calibration == "none":
-            raise InputError(
-                f"--calibration none: --kv-cache-scheme {settings.kv_cache_scheme} needs data for its scales; "
-                "name some, or leave the option out"
-            )
-        if settings.smooth and settings.calibration == "none":
-            raise InputError("--calibration none: --smooth needs data; name some, or leave the option out")
-        decided = "--smooth" if settings.smooth else f"--method {settings.method}" if method.compensates else None
-        if decided is not None and settings.num_validation_samples == 0:
-            raise InputError(f"--num-validation-samples 0: {decided} is decided on validation text; ask for 1 or more")
+        require_data(settings, method)
         source = Checkpoint.open(locate(settings.model, settings.revision))
         require_unquantized(source)
         require_float(source)
@@ -78,12 +61,6 @@ class QuantizeRun:
             raise InputError(f"-o {output} is the source itself; name a new directory")
         dtype = getattr(torch, settings.compute_dtype)
         return cls(settings, output, source, skeleton, layout, method, device, dtype)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Weight-only `max` looks at no activation, so there the calibration set would run for nothing."""
-        scaled = self.settings.scheme == "NVFP4" or self.settings.kv_cache_scheme is not None
-        return scaled or self.settings.smooth or self.method.weighs_channels or self.method.needs_hessian
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a byte of the output depends on; what a continued run must share."""
@@ -133,24 +110,16 @@ class QuantizeRun:
         return read_token_sets(job.tokens_path)
 
     def streams(self, sets: TokenSets | None) -> tuple[Stream, ...]:
-        """Which set runs in which lane: the calibration set in the quantized one only for methods that look there."""
+        """Which set runs in which lane, laid out in one file."""
         if sets is None:
             return ()
-        calibration = sets.calibration.sequences if self.needs_calibration else ()
-        propagated = calibration if self.method.needs_hessian else ()
-        validation = sets.validation.sequences if self.settings.smooth or self.method.compensates else ()
-        probe = sets.probe.sequences
-        return lay_out(
-            [
-                ("calibration", "bf16", calibration),
-                ("calibration", "nvfp4", propagated),
-                ("validation", "bf16", validation),
-                ("validation", "nvfp4", validation if self.method.compensates else ()),
-                ("probe", "bf16", probe),
-                ("probe", "nvfp4", probe),
-            ],
-            self.settings.micro_batch_tokens,
-        )
+        sequences = {
+            "calibration": sets.calibration.sequences,
+            "validation": sets.validation.sequences,
+            "probe": sets.probe.sequences,
+        }
+        chosen = [(name, lane, sequences[name]) for name, lane in passes(self.settings, self.method)]
+        return lay_out(chosen, self.settings.micro_batch_tokens)
 
     def _require_room_for(self, streams: tuple[Stream, ...], already_written: int) -> None:
         rows = streams[-1].last_row if streams else 0
@@ -159,18 +128,7 @@ class QuantizeRun:
 
     def _require_room(self, rows: int, longest_batch: int, already_written: int) -> None:
         hidden = HiddenLayout(rows, self.skeleton.hidden_size, self.dtype)
-        needs = estimate_needs(
-            self.layout,
-            self.source,
-            self.settings.scheme,
-            hidden,
-            longest_batch,
-            self.method.needs_hessian,
-            self.settings.kv_cache_scheme,
-            self.method.compensates,
-        )
-        if self.settings.smooth:
-            needs = replace(needs, method=max(needs.method, smoothing_bytes(self.layout, self.dtype)))
+        needs = estimate_needs(self.layout, self.source, self.settings, self.method, hidden, longest_batch)
         require_resources(needs, self.output, self.device, already_written)
 
     def work(self, job: Job) -> None:

@@ -1,0 +1,127 @@
+"""What a quantization does, counted: tokens through each lane, bytes moved, arithmetic, weights rounded."""
+
+from dataclasses import dataclass
+
+from fourge.methods.base import Method
+from fourge.planning.facts import ModelFacts, total_bytes
+from fourge.settings import QuantizeSettings
+from fourge.walk.hidden import HiddenLayout
+from fourge.walk.passes import passes
+from fourge.walk.smoothing import SAMPLED, WATCHED
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of each set that runs, the most there can be: 0 for one that does not."""
+
+    calibration: int
+    validation: int
+    probe: int
+    rows: int
+    longest_batch: int
+
+    @classmethod
+    def of(cls, settings: QuantizeSettings, method: Method) -> "Tokens":
+        length = settings.max_seq_length
+        lanes = passes(settings, method)
+        sets = {
+            "calibration": settings.num_calibration_samples * length,
+            "validation": settings.num_validation_samples * length,
+            "probe": settings.num_probe_samples * length,
+        }
+        running = {name for name, _ in lanes}
+        return cls(
+            **{name: tokens if name in running else 0 for name, tokens in sets.items()},
+            rows=sum(sets[name] for name, _ in lanes),
+            longest_batch=max(1, settings.micro_batch_tokens // length) * length if lanes else 0,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run from start to end. FLOP are floating-point operations.
+
+    `flop_curvature`: XᵀX of every group, its factor, and the walk along it. `rounded_bytes`: the source's bytes of
+    what the method quantizes; `smoothed_bytes`: of the rows on which smoothing tries its exponents.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    flop_bf16_lane: int
+    flop_nvfp4_lane: int
+    flop_curvature: int
+    rounded_bytes: int
+    smoothed_bytes: int
+
+
+def count_work(
+    facts: ModelFacts, settings: QuantizeSettings, method: Method, tokens: Tokens, hidden: HiddenLayout, output: int
+) -> Work:
+    """The work of quantizing `facts`, whose `output` files have so many bytes."""
+    assert facts.source is not None
+    layers = _layers(facts, tokens, settings.max_seq_length)
+    token = sum(layer.whole for layer in layers)
+    head = 2 * facts.head_parameters * tokens.probe
+    # Smoothing looks at some of both sets before the layer is run.
+    looked_at = min(tokens.calibration, WATCHED) + min(tokens.validation, WATCHED) if settings.smooth else 0
+    bf16 = (tokens.calibration + tokens.validation + tokens.probe + looked_at) * token + head
+    nvfp4 = tokens.probe * token + head
+    again = facts.num_layers * looked_at
+    curvature = 0
+    if method.needs_hessian:
+        # The calibration set runs through what is quantized, and before that once more up to every group.
+        nvfp4 += tokens.calibration * (token + sum(layer.up_to_groups for layer in layers))
+        again += tokens.calibration * sum(layer.groups for layer in layers)
+        curvature = sum(layer.curvature for layer in layers)
+    # Hidden states are written once a step but the last, read once a layer and by the head.
+    traffic = (facts.num_layers + 1) * hidden.nbytes
+    rounded = {f"{linear}.weight": facts.source[f"{linear}.weight"] for linear in facts.quantized}
+    sampled = sum(min(w.shape[0], SAMPLED) * w.nbytes // w.shape[0] for w in rounded.values())
+    return Work(
+        bytes_read=_source_bytes_read(facts, tokens) + traffic + again * hidden.row_bytes,
+        bytes_written=output + traffic,
+        flop_bf16_lane=bf16,
+        flop_nvfp4_lane=nvfp4,
+        flop_curvature=curvature,
+        rounded_bytes=sum(weight.nbytes for weight in rounded.values()),
+        smoothed_bytes=sampled if settings.smooth else 0,
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """FLOP a token of the whole layer, and of the parts before each of its quantized `groups`; FLOP of curvature."""
+
+    whole: int
+    up_to_groups: int
+    groups: int
+    curvature: int
+
+
+def _layers(facts: ModelFacts, tokens: Tokens, length: int) -> list[_Layer]:
+    attention = 4 * facts.num_attention_heads * facts.head_dim * length // 2
+    found = []
+    for layer in range(facts.num_layers):
+        prefix = facts.architecture.layer_prefix(layer)
+        done = up_to_groups = groups = curvature = 0
+        for position, group in enumerate(facts.architecture.groups):
+            shapes = [facts.shapes[f"{prefix}{linear}.weight"] for linear in group.linears]
+            rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+            if prefix + group.linears[0] in facts.quantized:
+                groups += 1
+                up_to_groups += done
+                # Half of XᵀX, for it is symmetric; Cholesky; the walk feeds every column to those after it.
+                curvature += tokens.calibration * columns**2 + columns**3 // 3 + rows * columns**2
+            done += 2 * rows * columns + (attention if position == 0 else 0)
+        found.append(_Layer(done, up_to_groups, groups, curvature))
+    return found
+
+
+def _source_bytes_read(facts: ModelFacts, tokens: Tokens) -> int:
+    """Every tensor once; what is copied again when written; embedding and head for the tokens that need them."""
+    assert facts.source is not None
+    kept = total_bytes(facts.source, lambda name: name.removesuffix(".weight") not in facts.quantized)
+    row = facts.source[f"{facts.architecture.embedding}.weight"].nbytes // facts.vocab_size
+    looked_up = min(tokens.rows, facts.vocab_size) * row
+    head = facts.vocab_size * row if tokens.probe else 0
+    return total_bytes(facts.source) + kept + looked_up + head

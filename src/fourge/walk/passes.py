@@ -1,0 +1,54 @@
+"""Which set of sequences a quantization runs through which lane: what its settings and its method ask for."""
+
+from fourge.errors import InputError
+from fourge.methods.base import Method
+from fourge.settings import QuantizeSettings
+from fourge.walk.streams import Lane
+
+
+def require_data(settings: QuantizeSettings, method: Method) -> None:
+    """Raises InputError where there is no data and something cannot do without."""
+    if settings.calibration == "none":
+        if method.needs_hessian:
+            raise InputError(
+                f"--calibration none: --method {settings.method} needs data; name some, or --method search"
+            )
+        if settings.scheme == "NVFP4":
+            raise InputError(
+                "--calibration none: NVFP4 needs data for its input scales; name some, or --scheme NVFP4A16"
+            )
+        if settings.kv_cache_scheme is not None:
+            raise InputError(
+                f"--calibration none: --kv-cache-scheme {settings.kv_cache_scheme} needs data for its scales; "
+                "name some, or leave the option out"
+            )
+        if settings.smooth:
+            raise InputError("--calibration none: --smooth needs data; name some, or leave the option out")
+    decided = "--smooth" if settings.smooth else f"--method {settings.method}" if method.compensates else None
+    if decided is not None and settings.num_validation_samples == 0:
+        raise InputError(f"--num-validation-samples 0: {decided} is decided on validation text; ask for 1 or more")
+
+
+def needs_calibration(settings: QuantizeSettings, method: Method) -> bool:
+    """Weight-only `max` looks at no activation, so there the calibration set would run for nothing."""
+    scaled = settings.scheme == "NVFP4" or settings.kv_cache_scheme is not None
+    return scaled or settings.smooth or method.weighs_channels or method.needs_hessian
+
+
+def passes(settings: QuantizeSettings, method: Method) -> tuple[tuple[str, Lane], ...]:
+    """Sets and lanes in the order in which their rows lie in a hidden-state file; none where there is no data.
+
+    Calibration and validation sets are in the quantized lane only for methods that look there.
+    """
+    if settings.calibration == "none":
+        return ()
+    chosen: list[tuple[str, Lane]] = []
+    if needs_calibration(settings, method):
+        chosen.append(("calibration", "bf16"))
+    if method.needs_hessian:
+        chosen.append(("calibration", "nvfp4"))
+    if settings.smooth or method.compensates:
+        chosen.append(("validation", "bf16"))
+    if method.compensates:
+        chosen.append(("validation", "nvfp4"))
+    return (*chosen, ("probe", "bf16"), ("probe", "nvfp4"))
