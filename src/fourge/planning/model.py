@@ -171,7 +171,9 @@ def _describe_source(
         skeleton.tied_head,
         select_linears(skeleton.linears, targets, ignore),
     )
-    shards = [layout.output_specs(step, checkpoint.tensors, scheme, kv_cache_scheme) for step in range(layout.num_steps)]
+    shards = [
+        layout.output_specs(step, checkpoint.tensors, scheme, kv_cache_scheme) for step in range(layout.num_steps)
+    ]
     facts = _facts(
         found,
         skeleton,

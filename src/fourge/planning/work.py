@@ -30,10 +30,11 @@ class Tokens:
             "probe": settings.num_probe_samples * length,
         }
         running = {name for name, _ in lanes}
+        longest_set = max((sets[name] for name in running), default=0)
         return cls(
             **{name: tokens if name in running else 0 for name, tokens in sets.items()},
             rows=sum(sets[name] for name, _ in lanes),
-            longest_batch=max(1, settings.micro_batch_tokens // length) * length if lanes else 0,
+            longest_batch=min(max(1, settings.micro_batch_tokens // length) * length, longest_set),
         )
 
 
