@@ -10,7 +10,7 @@ from fourge.errors import InputError
 from fourge.planning.kv_cache import KvCacheDtype
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
 from fourge.recipes import RecipeName, resolve, validation_samples
-from fourge.settings import ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
+from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
 
 if TYPE_CHECKING:
     from fourge.planning.facts import ModelFacts, Part
@@ -118,6 +118,7 @@ def plan(
     compute_dtype: Annotated[ComputeDtype, typer.Option(help="As for quantize.")] = "auto",
     device: Annotated[str, typer.Option(help="As for quantize.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="As for quantize.")] = 0,
+    backend: Annotated[Backend, typer.Option(help="As for quantize.")] = "auto",
     no_probe: Annotated[bool, typer.Option("--no-probe", help="Measure nothing, so estimate no time.")] = False,
 ) -> PlanReport:
     """Plan a model: its size in NVFP4, the GPUs that serve it, and what quantizing it on this machine takes.
@@ -133,7 +134,7 @@ def plan(
     from fourge.planning.model import describe
     from fourge.planning.quantizing import estimate_quantizing
     from fourge.planning.tensor_parallel import first_obstacle, rank_bytes, working_sizes
-    from fourge.walk.device import resolve_device
+    from fourge.walk.device import resolve_backend, resolve_device
 
     named = parse_gpu(gpu, gpu_memory, sm)
     count = _resolve_count(gpu, named, tensor_parallel_size)
@@ -169,6 +170,7 @@ def plan(
             seed=0,
             input_headroom=2.0,
             micro_batch_tokens=micro_batch_tokens,
+            backend=resolve_backend(backend, arithmetic["device"]),
             **arithmetic,
         )
         cost = estimate_quantizing(facts, source, settings, output, probe=not no_probe)

@@ -91,13 +91,13 @@ def test_no_smaller_number_holds_it(gpu: Gpu, tmp_path: Path) -> None:
 
 
 def test_quantizing(tmp_path: Path) -> None:
-    """By default: calibration and validation in the source's lane, the probe in both."""
-    report = plan(write_config(tmp_path), output=tmp_path / "not" / "there")
+    """By `fast`, calibration runs in the source's lane and the probe in both; there is nothing to validate."""
+    report = plan(write_config(tmp_path), recipe="fast", output=tmp_path / "not" / "there")
     cost = report.quantizing
     assert cost is not None
-    assert (cost.method, cost.smooth) == ("search", True)
-    assert (cost.tokens.calibration, cost.tokens.validation, cost.tokens.probe) == (512 * 2048, 64 * 2048, 32 * 2048)
-    rows = (512 + 64 + 2 * 32) * 2048
+    assert (cost.method, cost.smooth) == ("search", False)
+    assert (cost.tokens.calibration, cost.tokens.validation, cost.tokens.probe) == (512 * 2048, 0, 32 * 2048)
+    rows = (512 + 2 * 32) * 2048
     assert cost.disk_hidden_states == 2 * rows * HIDDEN * 4
     assert cost.disk.needed == cost.disk_output + cost.disk_hidden_states
     assert cost.disk_output == report.sizes.shard_bytes

@@ -168,7 +168,7 @@ def rates_of(folder: Path, seconds: float = 0.05, **changes: Any) -> probe.Rates
         **{"smooth": False, "targets": (), "ignore": (), "calibration": "text", "probe": None, "seed": 0},
         **{"num_calibration_samples": 1, "num_validation_samples": 1, "num_probe_samples": 1, "max_seq_length": 16},
         **{"input_headroom": 2.0, "micro_batch_tokens": 32, "threads": 1},
-        **({"compute_dtype": "float32", "device": "cpu"}),
+        **{"compute_dtype": "float32", "device": "cpu", "backend": "torch"},
     )
     settings = replace(settings, **changes)
     return probe.measure_rates(folder, None, settings, find_method(settings.method), seconds)
