@@ -357,6 +357,7 @@ def test_a_real_jobs_figures(finished: Path) -> None:
     fidelity = json.loads((finished / ".fourge/job.json").read_text())["result"]["fidelity"]
     seconds = sum(json.loads(line)["seconds"] for line in (finished / ".fourge/metrics.jsonl").read_text().splitlines())
     assert f"{size:,} bytes" in text
+    assert "**Calibration set** | random tokens" in text and "held-out tokens of random tokens" in text
     assert row(text, "Perplexity, this model")[1].startswith(f"{fidelity['perplexity_nvfp4']['mean']:,.3f}")
     assert f"**Time** | {round(seconds)}s for 4 steps" in text
     assert "![Errors of weights and hidden states by layer](layer_errors.png)" in text

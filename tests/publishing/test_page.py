@@ -171,6 +171,11 @@ def test_the_same_files_give_the_same_page(job: Path, tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
+def test_no_folder_of_this_machine_is_on_the_page(job: Path, read: _Reader, pico: Callable[..., Path]) -> None:
+    assert str(pico("llama").parent) not in (job / "fourge.html").read_text()
+    assert f"from {pico('llama').name} " in read.text
+
+
 def test_the_checkpoint_still_verifies(job: Path, pico: Callable[..., Path]) -> None:
     fourge.page(job)
     assert fourge.verify(job, source=str(pico("llama"))).passed

@@ -16,6 +16,8 @@ _METHODS = {
     "gptq": "GPTQ: error fed back by the inputs' second moments",
     "replay": "replay: codes and scales chosen together against the inputs' second moments",
 }
+_MADE = {"self": "text sampled from the base model", "random": "random tokens"}
+"""What a calibration set that lies in no file was, by its kind."""
 _UNSAID = ("model", "revision", "device", "threads")
 """Not in the command as they stand: the model and its commit have their own place, and where it ran is no recipe."""
 
@@ -67,7 +69,7 @@ def calibration_text(data: Mapping[str, Any]) -> str:
     known = [f"{key} {origin[key]}" for key in ("config", "split", "revision") if origin.get(key)]
     if "sha256" in origin:
         known.append(f"SHA-256 `{origin['sha256'][:16]}…`")
-    name = str(data["source"])
+    name = _MADE.get(origin.get("kind"), str(data["source"]))
     # A path is of no use to a reader; the digest says which file it was.
     shown = name.rpartition("/")[2] if origin.get("kind") in ("file", "saved dataset") else name
     return plain(shown) + (f" ({', '.join(known)})" if known else "")
@@ -99,7 +101,8 @@ def _data_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, 
 
 def _cost_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}" for name, version in (card.evidence.versions or {}).items())
-    machine = f"{settings['device']}, {settings['threads']} threads, arithmetic in {settings['compute_dtype']}"
+    threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
+    machine = f"{settings['device']}, {threads}, arithmetic in {settings['compute_dtype']}"
     rows = [("Software", versions), ("Machine", machine)]
     metrics = card.evidence.metrics
     if metrics:

@@ -1,15 +1,15 @@
 """What the model kept: the job's own probe, and benchmark scores of both models, with errors that pairing gives."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fourge.progress import format_seconds
+from fourge.publishing.card_details import calibration_text
 from fourge.publishing.card_options import CardFacts
 from fourge.publishing.card_reference import Reference
 from fourge.publishing.card_section import Section, Trace
 from fourge.publishing.evidence import StoredEvaluation
-from fourge.publishing.markdown import NONE, bullets, code, estimate, percent, plain, table, without_folder
+from fourge.publishing.markdown import NONE, bullets, code, estimate, percent, plain, shared_command, table
 
 _MEASURES = (
     ("KL(BF16‖NVFP4), nats a token", "kl_div", 4),
@@ -43,7 +43,9 @@ def _probe_source(card: CardFacts) -> str:
     data = card.evidence.data
     if data is None:
         return ""
-    return f" of {plain(str(data['probe_source'] or data['source']).rstrip('/').rpartition('/')[2])}"
+    if data["probe_source"] is None:
+        return f" of {calibration_text(data)}"
+    return f" of {plain(str(data['probe_source']).rstrip('/').rpartition('/')[2])}"
 
 
 def evaluation(card: CardFacts) -> Section:
@@ -90,7 +92,7 @@ def _one_evaluation(found: StoredEvaluation, references: Sequence[Reference]) ->
     notes = [f"{task['task']}: {plain(task['note'])}." for task in content["tasks"] if task["note"]]
     notes += [line for reference in used for line in _reference_notes(reference, tasks, content["settings"])]
     notes += _per_token(content)
-    return [*parts, *([bullets(notes)] if notes else []), _settings(content), code(_shared(content["command"]))]
+    return [*parts, *([bullets(notes)] if notes else []), _settings(content), code(shared_command(content["command"]))]
 
 
 def _task_row(task: Mapping[str, Any], used: Sequence[Reference], settings: Mapping[str, Any]) -> list[str]:
@@ -156,10 +158,6 @@ def _settings(content: Mapping[str, Any]) -> str:
         f"Engine {engine['name']}, {engine['numerics']}, {engine['compute_dtype']} on {engine['device']}; "
         f"{', '.join(told)}; {versions}; took {took}; {content['created'][:10]}:"
     )
-
-
-def _shared(command: str) -> str:
-    return shlex.join(without_folder(argument) for argument in shlex.split(command))
 
 
 def _traces(card: CardFacts) -> tuple[Trace, ...]:

@@ -87,7 +87,8 @@ def _vllm(card: CardFacts, fit: "Fit | None") -> list[str]:
     if fit.kernel == MARLIN_WITHOUT_BF16.name:
         arguments += ["--dtype", "half"]
         options.append('dtype="half"')
-    where = f"On {fit.count} × {fit.gpu} ({fit.kernel}), which hold it at its full context length:"
+    holds = "holds" if fit.count == 1 else "hold"
+    where = f"On {fit.count} × {fit.gpu} ({fit.kernel}), which {holds} it at its full context length:"
     return [where, code(shlex.join(arguments)), *_vllm_python(card, options)]
 
 

@@ -1,5 +1,6 @@
 """Markdown as a card needs it: tables, numbers with their errors, text that cannot break out of a cell."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,11 @@ def code(text: str, language: str = "bash") -> str:
 def without_folder(argument: str) -> str:
     """A local path without what is before its last name: where it lay on one machine is nobody else's matter."""
     return argument.rstrip("/").rpartition("/")[2] if argument.startswith(("/", "~", ".")) else argument
+
+
+def shared_command(command: str) -> str:
+    """A command line whose local paths are those last names."""
+    return shlex.join(without_folder(argument) for argument in shlex.split(command))
 
 
 def bullets(lines: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fourge.progress import format_bytes, format_seconds
 from fourge.publishing.evidence import Evidence
+from fourge.publishing.markdown import without_folder
 from fourge.publishing.page_errors import event_text
 from fourge.publishing.page_markup import Markup, Node, table, tag
 from fourge.publishing.page_section import Section, folded, note
@@ -28,7 +29,7 @@ def _facts(evidence: Evidence) -> list[str]:
     settings, versions = evidence.settings, evidence.versions
     facts = ["NVFP4 checkpoint"]
     if settings is not None:
-        facts = [f"{settings['scheme']} by {settings['method']}", f"from {settings['model']}"]
+        facts = [f"{settings['scheme']} by {settings['method']}", f"from {without_folder(str(settings['model']))}"]
     architectures = evidence.config.get("architectures")
     if isinstance(architectures, list):
         facts.append(", ".join(map(str, architectures)))
@@ -98,7 +99,7 @@ def record_section(evidence: Evidence, made_with: str) -> Section:
             tag("code", made_with),
         ),
     )
-    finding = f"The run reported {len(events)} {'event' if len(events) == 1 else 'events'}"
+    finding = f"The run reported {len(events) or 'no'} {'event' if len(events) == 1 else 'events'}"
     if evidence.record is None:
         finding = "The directory has neither job.json nor fourge.json: its run is not known"
     return Section("record", "Run", finding, body, evidence.record)
@@ -107,4 +108,4 @@ def record_section(evidence: Evidence, made_with: str) -> Section:
 def _setting(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return "" if value is None else str(value)
+    return "" if value is None else without_folder(str(value))

@@ -34,7 +34,7 @@ def plan_section(evidence: Evidence) -> Section:
         tag("ul", kernels, class_="note"),
     )
     command = f"fourge plan {evidence.output.name}"
-    return Section("plan", "Plan", _finding(report.gpus, native), body, f"the headers, by `{command}`")
+    return Section("plan", "Plan", _finding(report.gpus, native), body, ("the headers, by ", tag("code", command)))
 
 
 def _finding(fits: "tuple[Fit, ...]", native: set[str]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fourge.publishing.evidence import Evidence, StoredEvaluation
+from fourge.publishing.markdown import shared_command
 from fourge.publishing.page_axes import Scale, percent, svg, text, titled, x_axis
 from fourge.publishing.page_markup import Markup, Node, table, tag
 from fourge.publishing.page_section import Section, folded, missing, note
@@ -84,7 +85,7 @@ def _evaluation(evaluation: StoredEvaluation) -> list[Node]:
             "exact test over lost and won items; where items are not right or wrong, an interval below 100 %. ",
             " ".join(notes),
         ),
-        folded("The command", tag("pre", content["command"])),
+        folded("The command", tag("pre", shared_command(content["command"]))),
     ]
 
 

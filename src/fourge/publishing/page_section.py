@@ -13,7 +13,7 @@ class Section:
     topic: str
     finding: str
     body: tuple[Node, ...]
-    source: str | None
+    source: Node
 
     def render(self) -> Markup:
         """The section as HTML."""
