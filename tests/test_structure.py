@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "convert": {"checkpoint", "checks", "settings", "progress", "errors", "_version"},
     "planning": {"nvfp4", "checkpoint", "methods", "settings", "progress", "errors", "walk", "checks"},
     "evaluate": {"checkpoint", "checks", "evaluation", "settings", "errors", "walk"},
-    "plan": {"planning", "recipes", "settings", "errors", "walk"},
+    "plan": {"methods", "planning", "recipes", "settings", "errors", "walk"},
     "evaluation": {
         *("nvfp4", "checkpoint", "settings", "data", "progress", "errors", "walk", "checks", "methods", "planning"),
         *("serving", "_version"),

@@ -128,6 +128,7 @@ def plan(
     """
     import torch
 
+    from fourge.methods import find_method
     from fourge.planning.fit import Request, fit, smallest_fit
     from fourge.planning.hardware import GPUS, parse_gpu
     from fourge.planning.kv_cache import describe_kv_cache, resolve_kv_cache_dtype
@@ -152,6 +153,7 @@ def plan(
         torch.set_num_threads(arithmetic["threads"])
         calibration = calibration or ("text" if scheme == "NVFP4" else "none")
         chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
+        decides = chosen.smooth or find_method(chosen.method).compensates
         settings = QuantizeSettings(
             model=model,
             revision=revision,
@@ -164,7 +166,7 @@ def plan(
             calibration=calibration,
             probe=None,
             num_calibration_samples=num_calibration_samples,
-            num_validation_samples=validation_samples(num_validation_samples, num_calibration_samples, chosen.smooth),
+            num_validation_samples=validation_samples(num_validation_samples, num_calibration_samples, decides),
             num_probe_samples=num_probe_samples,
             max_seq_length=max_seq_length,
             seed=0,

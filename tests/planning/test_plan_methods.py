@@ -17,6 +17,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "max"},
     {"recipe": "balanced"},
     {"recipe": "best"},
+    {"method": "tuned"},
     {"method": "max", "kv_cache_scheme": "fp8"},
     {"scheme": "NVFP4A16"},
 ]

@@ -60,7 +60,7 @@ def count_work(
 ) -> Work:
     """The work of quantizing `facts`, whose `output` files have so many bytes."""
     assert facts.source is not None
-    layers = _layers(facts, tokens, settings.max_seq_length)
+    layers = _layers(facts, tokens, settings.max_seq_length, method.compensates)
     token = sum(layer.whole for layer in layers)
     head = 2 * facts.head_parameters * tokens.probe
     # Smoothing looks at some of both sets before the layer is run.
@@ -73,6 +73,13 @@ def count_work(
         # The calibration set runs through what is quantized, and before that once more up to every group.
         nvfp4 += tokens.calibration * (token + sum(layer.up_to_groups for layer in layers))
         again += tokens.calibration * sum(layer.groups for layer in layers)
+        if method.compensates:
+            # Both lanes up to every group, on calibration and some validation tokens; the latter runs on as well.
+            before = sum(layer.up_to_groups for layer in layers)
+            judged = min(tokens.validation, WATCHED)
+            bf16 += (tokens.calibration + judged) * before
+            nvfp4 += tokens.validation * token + judged * before
+            again += (tokens.calibration + 2 * judged) * sum(layer.groups for layer in layers)
         curvature = sum(layer.curvature for layer in layers)
     # Hidden states are written once a step but the last, read once a layer and by the head.
     traffic = (facts.num_layers + 1) * hidden.nbytes
@@ -99,7 +106,7 @@ class _Layer:
     curvature: int
 
 
-def _layers(facts: ModelFacts, tokens: Tokens, length: int) -> list[_Layer]:
+def _layers(facts: ModelFacts, tokens: Tokens, length: int, compensates: bool) -> list[_Layer]:
     attention = 4 * facts.num_attention_heads * facts.head_dim * length // 2
     found = []
     for layer in range(facts.num_layers):
@@ -113,6 +120,8 @@ def _layers(facts: ModelFacts, tokens: Tokens, length: int) -> list[_Layer]:
                 up_to_groups += done
                 # Half of XᵀX, for it is symmetric; Cholesky; the walk feeds every column to those after it.
                 curvature += tokens.calibration * columns**2 + columns**3 // 3 + rows * columns**2
+                if compensates:  # what the lanes are apart times the input: of the output for one Linear alone
+                    curvature += 2 * tokens.calibration * columns * (rows if len(shapes) == 1 else columns)
             done += 2 * rows * columns + (attention if position == 0 else 0)
         found.append(_Layer(done, up_to_groups, groups, curvature))
     return found
