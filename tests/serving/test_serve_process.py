@@ -378,6 +378,7 @@ SAID = {
     "NVFP4 kernel": "ValueError: Forced NVFP4 kernel MarlinNvFp4LinearKernel is not supported: needs CUDA",
     "NVFP4": "ValueError: Failed to find a kernel that can implement the NVFP4 linear layer. Reasons:",
     "head_dim": "Unsupported CPU attention configuration: head_dim=16",
+    "FP8 cache": "NotImplementedError: FP8 KV cache on CPU requires x86 with AVX-512 or AMX.",
     "World size": "World size (4) is larger than the number of available GPUs (2) in this node.",
     "divisible": "Total number of attention heads (9) must be divisible by tensor parallel size (2).",
     "gated": "huggingface_hub.errors.GatedRepoError: 401 Client Error.",

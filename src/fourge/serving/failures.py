@@ -67,6 +67,11 @@ KNOWN: tuple[Failure, ...] = (
         "serve it on a GPU",
     ),
     Failure(
+        r"FP8 KV cache on CPU requires",
+        "vLLM keeps a KV cache in FP8 only on CPUs with AVX-512 or AMX",
+        "serve it here with --kv-cache-dtype bfloat16",
+    ),
+    Failure(
         r"World size \((\d+)\) is larger than the number of available GPUs \((\d+)\)",
         "{0} GPUs were asked for and vLLM sees {1}",
         "lower --tensor-parallel-size, or look at CUDA_VISIBLE_DEVICES",
