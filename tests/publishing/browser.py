@@ -83,10 +83,13 @@ class Browser:
         return list(self._call("POST", "/se/log", {"type": "browser"}))
 
     def requests(self) -> list[str]:
-        """Every URL that was asked for since the last call."""
+        """Every URL that was asked for since the last call.
+
+        Left out are the browser's own pages, for its first tab may still be loading, and images that a page holds:
+        they ask nothing of anybody.
+        """
         entries = [
             json.loads(entry["message"])["message"] for entry in self._call("POST", "/se/log", {"type": "performance"})
         ]
-        return [
-            entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"
-        ]
+        sent = [entry["params"]["request"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
+        return [request["url"] for request in sent if not request["url"].startswith(("chrome", "data:"))]

@@ -201,7 +201,7 @@ def test_a_subnormal_weight_is_reported_and_its_channel_not_scaled(pico: Callabl
         weight[:, 0] *= 1000
         weight[0, 0] = 3 * 2.0**-133
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    fourge.quantize(str(model), tmp_path / "out", smooth=True, **OPTIONS)
+    fourge.quantize(str(model), tmp_path / "out", method="search", smooth=True, **OPTIONS)
     job = json.loads((tmp_path / "out" / ".fourge" / "job.json").read_text())
     (event,) = job["steps"][1]["events"]
     assert event == {

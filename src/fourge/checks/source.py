@@ -11,6 +11,7 @@ from fourge.checkpoint.header import parse_object
 from fourge.checkpoint.reader import Checkpoint, require_finite
 from fourge.checks.expected import Expected
 from fourge.checks.report import Check, conclude, count
+from fourge.errors import InputError
 from fourge.methods import METHODS
 from fourge.methods.tuned import MOST_MOVED
 from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight, squared_errors
@@ -127,6 +128,9 @@ def most_moved(manifest: Manifest | None, directory: Path) -> float:
     if manifest is not None:
         method = manifest.settings.get("method")
     else:
-        settings = parse_object(path.read_bytes(), str(path)).get("settings") if path.exists() else None
+        try:
+            settings = parse_object(path.read_bytes(), str(path)).get("settings") if path.exists() else None
+        except InputError:
+            return 0.0  # a record that cannot be read allows nothing; the check of the record itself says so
         method = settings.get("method") if isinstance(settings, dict) else None
     return MOST_MOVED if isinstance(method, str) and method in METHODS and METHODS[method].compensates else 0.0
