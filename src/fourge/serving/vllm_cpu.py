@@ -28,8 +28,11 @@ def register() -> None:
     if not current_platform.is_cpu():
         return
     chosen_mode(os.environ)
+    from fourge.nvfp4 import backend
     from fourge.serving.vllm_cpu_kernel import offer_to_vllm
 
+    # numba fails within vLLM's processes (an AttributeError of llvmlite); the bits are the same.
+    backend.choose("torch")
     offer_to_vllm()
 
 
