@@ -9,7 +9,7 @@ import typer
 from fourge.errors import InputError
 from fourge.planning.kv_cache import KvCacheDtype
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
-from fourge.recipes import RecipeName, resolve, validation_samples
+from fourge.recipes import RecipeName, resolve
 from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def plan(
     from fourge.planning.quantizing import estimate_quantizing
     from fourge.planning.tensor_parallel import first_obstacle, rank_bytes, working_sizes
     from fourge.walk.device import resolve_backend, resolve_device
+    from fourge.walk.passes import validation_samples
 
     named = parse_gpu(gpu, gpu_memory, sm)
     count = _resolve_count(gpu, named, tensor_parallel_size)
@@ -153,7 +154,6 @@ def plan(
         torch.set_num_threads(arithmetic["threads"])
         calibration = calibration or ("text" if scheme == "NVFP4" else "none")
         chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
-        decides = chosen.smooth or find_method(chosen.method).compensates
         settings = QuantizeSettings(
             model=model,
             revision=revision,
@@ -166,7 +166,9 @@ def plan(
             calibration=calibration,
             probe=None,
             num_calibration_samples=num_calibration_samples,
-            num_validation_samples=validation_samples(num_validation_samples, num_calibration_samples, decides),
+            num_validation_samples=validation_samples(
+                num_validation_samples, num_calibration_samples, chosen.smooth, find_method(chosen.method)
+            ),
             num_probe_samples=num_probe_samples,
             max_seq_length=max_seq_length,
             seed=0,

@@ -9,7 +9,7 @@ import typer
 
 from fourge.progress import peak_resident_bytes
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
-from fourge.recipes import RecipeName, resolve, validation_samples
+from fourge.recipes import RecipeName, resolve
 from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
 
 DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
@@ -95,6 +95,7 @@ def quantize(
     from fourge.checkpoint.durable import disk_errors_named
     from fourge.methods import find_method
     from fourge.walk.device import resolve_backend, resolve_device
+    from fourge.walk.passes import validation_samples
     from fourge.walk.resources import return_freed_layers
     from fourge.walk.run import QuantizeRun
 
@@ -103,7 +104,6 @@ def quantize(
     output = Path(output)  # a script may well give a string
     calibration = calibration or (DEFAULT_CALIBRATION if scheme == "NVFP4" else "none")
     chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
-    decides = chosen.smooth or find_method(chosen.method).compensates
     settings = QuantizeSettings(
         model=model,
         revision=revision,
@@ -116,7 +116,9 @@ def quantize(
         calibration=calibration,
         probe=probe,
         num_calibration_samples=num_calibration_samples,
-        num_validation_samples=validation_samples(num_validation_samples, num_calibration_samples, decides),
+        num_validation_samples=validation_samples(
+            num_validation_samples, num_calibration_samples, chosen.smooth, find_method(chosen.method)
+        ),
         num_probe_samples=num_probe_samples,
         max_seq_length=max_seq_length,
         seed=seed,

@@ -20,14 +20,12 @@ RECIPES: Mapping[RecipeName, Recipe] = {
     "balanced": Recipe("search", smooth=True),
     "best": Recipe("replay", smooth=True),
 }
-"""From figures on held-out text (`docs/methods.md`). Only `best` needs a Hessian; the others run
-wherever a layer fits. `tuned` is in none of them: what it gains with rounded activations, it loses without."""
+"""From figures on held-out text (`docs/methods.md`). Only `best` needs a Hessian; the others run wherever
+a layer fits. `tuned` is in none of them: what it gains with rounded activations, it loses without."""
 
 DEFAULT: RecipeName = "best"
 
 WITHOUT_DATA = Recipe("search", smooth=False)
-
-_FEWEST_VALIDATION_SAMPLES = 8
 
 
 def resolve(recipe: RecipeName | None, method: str | None, smooth: bool | None, *, has_data: bool) -> Recipe:
@@ -40,10 +38,3 @@ def resolve(recipe: RecipeName | None, method: str | None, smooth: bool | None, 
         return Recipe(method, bool(smooth))
     chosen = RECIPES[recipe or DEFAULT] if has_data else WITHOUT_DATA
     return Recipe(method or chosen.method, chosen.smooth if smooth is None else smooth)
-
-
-def validation_samples(asked: int | None, num_calibration_samples: int, something_to_decide: bool) -> int:
-    """How many sequences decide what is kept: an eighth of the calibration's, unless a number is asked for."""
-    if asked is not None:
-        return asked
-    return max(_FEWEST_VALIDATION_SAMPLES, num_calibration_samples // 8) if something_to_decide else 0

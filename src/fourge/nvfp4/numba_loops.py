@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fourge.nvfp4 import numba_kernels as kernels
+from fourge.nvfp4.quantize import GROUP_SIZE
 
-_GROUP_SIZE = 16
 _FEWEST_VALUES = 1 << 18
 """A thread is started for no fewer: it costs as much as working through 50 k."""
 
@@ -22,9 +22,9 @@ def encode(weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple
     """See `FusedLoops`."""
     rows, columns = weight.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    codes = torch.empty(rows, columns // _GROUP_SIZE, dtype=torch.uint8)
+    codes = torch.empty(rows, columns // GROUP_SIZE, dtype=torch.uint8)
     given = np.empty((0, 0), np.float32) if scales is None else _array(scales.float())
-    arguments = _array(weight), _number(global_scale), given, packed.numpy(), codes.numpy(), _GROUP_SIZE
+    arguments = _array(weight), _number(global_scale), given, packed.numpy(), codes.numpy(), GROUP_SIZE
     _by_rows(kernels.encode, rows, columns, *arguments)
     return packed, codes.view(torch.float8_e4m3fn)
 
@@ -33,7 +33,7 @@ def decode(packed: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dty
     """See `FusedLoops`."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     result = torch.empty(rows, columns, dtype=dtype)
-    arguments = _array(packed), _codes(scale), _number(global_scale), _array(result), _GROUP_SIZE
+    arguments = _array(packed), _codes(scale), _number(global_scale), _array(result), GROUP_SIZE
     _by_rows(kernels.decode, rows, columns, *arguments)
     return result
 
@@ -42,7 +42,7 @@ def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
     """See `FusedLoops`."""
     x = x.contiguous()
     result = torch.empty_like(x)
-    _by_rows(kernels.fake_quantize, *x.shape, _array(x), _number(global_scale), _array(result), _GROUP_SIZE)
+    _by_rows(kernels.fake_quantize, *x.shape, _array(x), _number(global_scale), _array(result), GROUP_SIZE)
     return result
 
 
@@ -50,18 +50,18 @@ def squared_errors(weight: Tensor, packed: Tensor, scale: Tensor, global_scale: 
     """See `FusedLoops`."""
     errors, norms = (torch.empty(scale.shape, dtype=torch.float32) for _ in range(2))
     arguments = _array(weight), _array(packed), _codes(scale), _number(global_scale), errors.numpy(), norms.numpy()
-    _by_rows(kernels.squared_errors, *weight.shape, *arguments, _GROUP_SIZE)
+    _by_rows(kernels.squared_errors, *weight.shape, *arguments, GROUP_SIZE)
     return errors, norms
 
 
 def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
     """See `FusedLoops`."""
-    groups = weight.shape[1] // _GROUP_SIZE
+    groups = weight.shape[1] // GROUP_SIZE
     scales, errors = (torch.empty(weight.shape[0], groups) for _ in range(2))
     lanes = kernels.LANES
-    padded = torch.zeros(-(-groups // lanes) * lanes, _GROUP_SIZE)
-    padded[:groups] = h.view(groups, _GROUP_SIZE)
-    h_by_lane = padded.view(-1, lanes, _GROUP_SIZE).transpose(1, 2).contiguous()
+    padded = torch.zeros(-(-groups // lanes) * lanes, GROUP_SIZE)
+    padded[:groups] = h.view(groups, GROUP_SIZE)
+    h_by_lane = padded.view(-1, lanes, GROUP_SIZE).transpose(1, 2).contiguous()
     arguments = _array(weight), _number(global_scale), h_by_lane.numpy(), np.array(offsets, np.int32)
     _by_rows(kernels.search, *weight.shape, *arguments, scales.numpy(), errors.numpy())
     return scales, errors

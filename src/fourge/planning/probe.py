@@ -164,8 +164,9 @@ def _measure_disk(folder: Path, shard: Path | None, share: float) -> tuple[float
     with _disk_errors_named(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".fourge-probe-") as scratch:
         path = Path(scratch) / "probe.safetensors"
         written = _measure(share, lambda: write_safetensors(path, content).size)
-        large = shard is not None and shard.stat().st_size >= _FILE_BYTES
-        return written, _measure_reading(share, shard if large and shard is not None else path)
+        if shard is None or shard.stat().st_size < _FILE_BYTES:
+            shard = path
+        return written, _measure_reading(share, shard)
 
 
 def _measure(seconds: float, work: Callable[[], int], device: torch.device | None = None) -> float:

@@ -31,7 +31,7 @@ def register() -> None:
     from fourge.nvfp4 import backend
     from fourge.serving.vllm_cpu_kernel import offer_to_vllm
 
-    # numba fails within vLLM's processes (an AttributeError of llvmlite); the bits are the same.
+    # vLLM looks through every imported module for kernels, and fails at llvmlite's, so numba must not be among them.
     backend.choose("torch")
     offer_to_vllm()
 

@@ -152,7 +152,7 @@ class LayerStep:
                 seen.hessian = self._new_hessian(group)
                 before = linears, input_scale, seen.hessian, self.states.source
                 if self.method.compensates:
-                    targets = self._compensate(group, whole, *before)
+                    targets = self._compensate(group, whole, sources, *before)
                 else:
                     self._observe_inputs(group, *before)
             for name in group.linears:
@@ -206,12 +206,13 @@ class LayerStep:
         self,
         group: LinearGroup,
         whole: Mapping[str, Tensor | QuantizedWeight],
+        sources: Mapping[str, Tensor],
         linears: Mapping[str, QuantizedLinear],
         input_scale: Tensor | None,
         hessian: HessianAccumulator,
         source: HiddenFile,
     ) -> dict[str, Tensor]:
-        """The group's weights with what they make up for; fills `hessian` as `_observe_inputs` does.
+        """The group's weights, `sources`, with what they make up for; fills `hessian` as `_observe_inputs` does.
 
         `whole` are the layer's tensors as the bf16 lane has them.
         """
@@ -222,7 +223,6 @@ class LayerStep:
         ):
             there.attach(bf16)
             here.attach(nvfp4)
-            sources = {name: self._source(name) for name in group.linears}
             lanes = GroupLanes(self.walk, source, sources, (bf16, there), (nvfp4, here))
             moved, decided = compensate_group(lanes, hessian, self.settings.seed)
         if decided is not None:

@@ -5,6 +5,8 @@ from fourge.methods.base import Method
 from fourge.settings import QuantizeSettings
 from fourge.walk.streams import Lane
 
+_FEWEST_VALIDATION_SAMPLES = 8
+
 
 def require_data(settings: QuantizeSettings, method: Method) -> None:
     """Raises InputError where there is no data and something cannot do without."""
@@ -24,9 +26,21 @@ def require_data(settings: QuantizeSettings, method: Method) -> None:
             )
         if settings.smooth:
             raise InputError("--calibration none: --smooth needs data; name some, or leave the option out")
-    decided = "--smooth" if settings.smooth else f"--method {settings.method}" if method.compensates else None
-    if decided is not None and settings.num_validation_samples == 0:
+    if needs_validation(settings.smooth, method) and settings.num_validation_samples == 0:
+        decided = "--smooth" if settings.smooth else f"--method {settings.method}"
         raise InputError(f"--num-validation-samples 0: {decided} is decided on validation text; ask for 1 or more")
+
+
+def needs_validation(smooth: bool, method: Method) -> bool:
+    """Whether something is kept or not by what it does on validation text."""
+    return smooth or method.compensates
+
+
+def validation_samples(asked: int | None, num_calibration_samples: int, smooth: bool, method: Method) -> int:
+    """How many sequences decide: an eighth of the calibration's where there is something to decide, unless `asked`."""
+    if asked is not None:
+        return asked
+    return max(_FEWEST_VALIDATION_SAMPLES, num_calibration_samples // 8) if needs_validation(smooth, method) else 0
 
 
 def needs_calibration(settings: QuantizeSettings, method: Method) -> bool:
@@ -47,7 +61,7 @@ def passes(settings: QuantizeSettings, method: Method) -> tuple[tuple[str, Lane]
         chosen.append(("calibration", "bf16"))
     if method.needs_hessian:
         chosen.append(("calibration", "nvfp4"))
-    if settings.smooth or method.compensates:
+    if needs_validation(settings.smooth, method):
         chosen.append(("validation", "bf16"))
     if method.compensates:
         chosen.append(("validation", "nvfp4"))

@@ -66,10 +66,7 @@ def estimate_needs(
         safetensors_size(layout.output_specs(step, source.tensors, settings.scheme, settings.kv_cache_scheme))
         for step in range(layout.num_steps)
     )
-    layer = max(
-        _largest_moment(layout, source, settings.scheme, layer, method.needs_hessian, method.compensates)
-        for layer in range(layout.num_layers)
-    )
+    layer = max(_largest_moment(layout, source, settings.scheme, layer, method) for layer in range(layout.num_layers))
     widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
     # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
     micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
@@ -78,13 +75,12 @@ def estimate_needs(
     return Needs(output, hidden.nbytes, layer, micro_batch, works_with)
 
 
-def _largest_moment(
-    layout: Layout, source: Checkpoint, scheme: Scheme, layer: int, needs_hessian: bool, compensates: bool
-) -> int:
-    """The most that a layer holds while its groups are quantized one after the other: of each the source's tensors
-    or the output's, and with `needs_hessian` XᵀX of the group's input in FP32, which is factored where it lies.
+def _largest_moment(layout: Layout, source: Checkpoint, scheme: Scheme, layer: int, method: Method) -> int:
+    """The most that a layer holds while its groups are quantized one after the other: of each the source's tensors or
+    the output's, and for a method with a Hessian XᵀX of the group's input in FP32, which is factored where it lies.
 
-    With `compensates` the source's tensors stay, and the weights moved and what moves them come beside them."""
+    For one that compensates, the source's tensors stay, and the weights moved and what moves them come beside them.
+    """
     prefix = layout.architecture.layer_prefix(layer)
     specs = layout.output_specs(layer + 1, source.tensors, scheme)
     held = largest = sum(source.tensors[name].nbytes for name in layout.steps[layer + 1])
@@ -92,11 +88,11 @@ def _largest_moment(
         linears = [prefix + linear for linear in group.linears]
         quantized = sum(num_bytes(*spec) for name, spec in specs.items() if name.rpartition(".")[0] in linears)
         rows, columns = layout.shapes[f"{linears[0]}.weight"]
-        hessian = 4 * columns**2 if needs_hessian else 0
+        hessian = 4 * columns**2 if method.needs_hessian else 0
         sources = sum(source.tensors[f"{linear}.weight"].nbytes for linear in linears)
-        moved = sources + compensation_bytes(columns, rows) if compensates else 0
+        moved = sources + compensation_bytes(columns, rows) if method.compensates else 0
         largest = max(largest, held + quantized + hessian + moved)
-        held += quantized if compensates else quantized - sources
+        held += quantized if method.compensates else quantized - sources
     return largest
 
 
