@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthetic import llama_config, write_llama
+from synthetic import add_tokenizer, llama_config, write_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "evaluate"
@@ -175,13 +175,10 @@ def write_task(items: int) -> None:
 
 def make_models(layers: int, hidden: int) -> tuple[Path, Path, int]:
     """A synthetic Llama, its quantized copy, and the bytes of the former's weights."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import save_tokenizer
-
     model, quantized = BUILD / f"model-{layers}", BUILD / f"quantized-{layers}"
     print(f"making a model of {layers} layers …", file=sys.stderr, flush=True)
     write_llama(model, llama_config(hidden, 4 * hidden, layers, hidden // 64, max(1, hidden // 256), VOCABULARY))
-    save_tokenizer(model, VOCABULARY)
+    add_tokenizer(model, VOCABULARY)
     command = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(quantized), "--method", "max"]
     command += ["--calibration", "random", "--num-calibration-samples", "1", "--num-probe-samples", "0"]
     command += ["--max-seq-length", "64", "--threads", "1", "--json"]

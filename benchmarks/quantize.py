@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from synthetic import llama_config, write_llama
+from synthetic import add_tokenizer, llama_config, write_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "quantize"
@@ -40,10 +40,7 @@ def main() -> None:
     if model is None:
         model = BUILD / "model"
         write_llama(model, llama_config(2048, 8192, 8, 32, 8, 32000))
-        sys.path.insert(0, str(ROOT / "tests"))
-        from conftest import save_tokenizer
-
-        save_tokenizer(model, 32000)
+        add_tokenizer(model, 32000)
     ours = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(BUILD / "ours"), "--json", "--restart"]
     ours += ["--method", "max"]  # the recipe that both tools have
     ours += ["--calibration", "random", "--num-calibration-samples", str(options.samples), "--num-probe-samples", "1"]

@@ -9,7 +9,6 @@ transformers over what our lanes run.
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from synthetic import llama_config, write_llama
+from fidelity import run_measured
+from synthetic import add_tokenizer, llama_config, write_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "speed"
@@ -58,16 +58,10 @@ class Measured:
 
 def run(command: list[str]) -> Measured:
     """Runs a command that ends with a JSON line; its output goes to a log."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.monotonic()
-    with (BUILD / "log").open("ab") as log:
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=log, text=True)
-    wall = time.monotonic() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    report = json.loads(done.stdout.strip().splitlines()[-1])
+    process = run_measured(command, BUILD / "log")
+    report = json.loads(process.last_line)
     working = report.get("seconds") or report["calibrating_seconds"] + report["saving_seconds"]
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Measured(wall, cpu, working, report["peak_resident_bytes"])
+    return Measured(process.seconds, process.cpu_seconds, working, report["peak_resident_bytes"])
 
 
 def weight_only(options: argparse.Namespace, model: Path, tokens: Path) -> dict[str, list[str]]:
@@ -127,10 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     model, keep = BUILD / "model", BUILD / "calibrated"
     write_llama(model, llama_config(2048, 8192, options.layers, 32, 8, 32000))
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import save_tokenizer
-
-    save_tokenizer(model, 32000)
+    add_tokenizer(model, 32000)
     megabytes = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e6
     calibrated = run(calibrate(options, model, keep))
     tokens = keep / ".fourge" / "tokens.safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,11 @@ def write_llama(directory: Path, config: dict[str, Any]) -> int:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(config))
     return layer_bytes
+
+
+def add_tokenizer(directory: Path, vocab: int) -> None:
+    """Gives a random Llama the tests' tokenizer, of `vocab` words."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+    from conftest import save_tokenizer
+
+    save_tokenizer(directory, vocab)
