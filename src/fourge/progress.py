@@ -47,6 +47,12 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def format_binary(count: float) -> str:
+    """Binary units, as memory is counted: `218.2 GiB`; `97.4 MiB` below one GiB."""
+    gib = 1 << 30
+    return f"{count / gib:,.1f} GiB" if abs(count) >= gib else f"{count / (1 << 20):,.1f} MiB"
+
+
 class WalkProgress:
     """Progress of one walk of `num_steps` steps, of which `done` were committed before.
 

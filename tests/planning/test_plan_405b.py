@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from written_configs import describe, plan, write_config
 
-from fourge.planning.fit import Request, fit, smallest_fit
+from fourge.planning.fit import Request, fit, smallest_fit, smallest_of
 from fourge.planning.hardware import GPUS, Gpu
 from fourge.report.plan_text import plan_summary
 
@@ -88,6 +88,34 @@ def test_no_smaller_number_holds_it(gpu: Gpu, tmp_path: Path) -> None:
     assert found.holds
     for count in range(1, found.count):
         assert not fit(facts, gpu, count, request).holds
+
+
+SMOLLM2_135M = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "native", "weight_only"), [({}, "2 × B200", "4 × A100"), (SMOLLM2_135M, "1 × RTX 5090", "1 × L40S")]
+)
+def test_what_is_suggested_is_small(shape: dict[str, int], native: str, weight_only: str, tmp_path: Path) -> None:
+    fits = plan(write_config(tmp_path, **shape)).gpus
+    suggested = [smallest_of(fits, native=True), smallest_of(fits, native=False)]
+    assert [fit and f"{fit.count} × {fit.gpu}" for fit in suggested] == [native, weight_only]
+    nowhere = plan(write_config(tmp_path, **shape), concurrency=10**9).gpus
+    assert smallest_of(nowhere, native=True) is None and smallest_of(nowhere, native=False) is None
+
+
+def test_a_small_model_is_measured_in_mib(tmp_path: Path) -> None:
+    text = plan_summary(plan(write_config(tmp_path, **SMOLLM2_135M)))
+    assert "0.0 GiB" not in text and "0.1 GiB" not in text and "MiB of weights a rank" in text
 
 
 def test_quantizing(tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ def test_more_gpus_than_there_are(quantized: Callable[..., Path], nvidia_smi: Ca
         ({"gpu": "b200:3"}, "tensor-parallel size 3 does not work: 4 attention heads do not divide by 3"),
         ({"gpu": "b200:2", "tensor_parallel_size": 4}, "disagree"),
         ({"gpu_memory": "2GiB", "sm": "12.0"}, "exceed the 1.8 GiB that the engine may take of each GPU"),
+        ({"gpu_memory": "512MiB", "sm": "12.0"}, "exceed the 471.0 MiB that the engine may take of each GPU"),
         ({"gpu_memory": "16GiB", "sm": "7.0"}, "no NVFP4 kernel runs on SM70"),
         ({"gpu": "h200", "concurrency": 10**9}, "the KV cache holds"),
         ({"concurrency": 10**9}, "does not fit this machine's memory"),

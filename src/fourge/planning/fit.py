@@ -1,18 +1,22 @@
 """Whether a number of GPUs holds the model and its KV cache, and the smallest number that does."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fourge.planning.facts import ModelFacts
 from fourge.planning.hardware import GIB, Gpu
-from fourge.planning.kernels import EMULATION, Kernel, choose_kernel
+from fourge.planning.kernels import EMULATION, FP4, KERNELS, Kernel, choose_kernel
 from fourge.planning.kv_cache import BLOCK_TOKENS, KvCacheDtype, bytes_per_token
 from fourge.planning.roofline import Roofline, bound_speed
 from fourge.planning.tensor_parallel import first_obstacle, padded_vocabulary, rank_bytes, working_sizes
+from fourge.progress import format_binary
 
 _FIXED_OVERHEAD = 5 * GIB // 2
 """What the driver keeps for itself, CUDA context, NCCL buffers, CUDA graphs: of the size that start-up logs show."""
 
 _LARGE_MEMORY = 70 * GIB
+
+_WEIGHT_ONLY = tuple(kernel.name for kernel in KERNELS if not kernel.activations_quantized)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ def smallest_fit(facts: ModelFacts, gpu: Gpu, request: Request) -> Fit:
     sizes = working_sizes(facts) if choose_kernel(gpu, facts.scheme) else ()
     fits = (fit(facts, gpu, size, request) for size in sizes)
     return next((found for found in fits if found.holds), None) or fit(facts, gpu, max(sizes, default=1), request)
+
+
+def smallest_of(fits: Iterable[Fit], *, native: bool) -> Fit | None:
+    """The fewest GPUs among those fits that hold the model, and of as many the kind with the least memory.
+
+    `native` takes those that multiply in FP4; otherwise those that hold the weights in FP4 and multiply in 16 bits.
+    """
+    found = [one for one in fits if one.holds and (one.kernel == FP4.name if native else one.kernel in _WEIGHT_ONLY)]
+    return min(found, key=lambda one: (one.count, one.memory), default=None)
 
 
 def fit(facts: ModelFacts, gpu: Gpu, count: int, request: Request) -> Fit:
@@ -125,8 +138,8 @@ def _no_kernel(gpu: Gpu) -> str:
 def _shortage(request: Request, budget: int, weights: int, overhead: int, tokens: int) -> str:
     if tokens < BLOCK_TOKENS:
         return (
-            f"weights of {weights / GIB:.1f} GiB and about {overhead / GIB:.1f} GiB to work in exceed the "
-            f"{budget / GIB:.1f} GiB that the engine may take of each GPU"
+            f"weights of {format_binary(weights)} and about {format_binary(overhead)} to work in exceed the "
+            f"{format_binary(budget)} that the engine may take of each GPU"
         )
     return (
         f"the KV cache holds {tokens:,} tokens, {request.concurrency} × {request.max_model_len:,} are asked for; "

@@ -3,27 +3,28 @@
 import shlex
 from typing import TYPE_CHECKING
 
+from fourge.planning.fit import smallest_of
 from fourge.planning.kernels import FP4, KERNELS, MARLIN_WITHOUT_BF16
+from fourge.progress import format_binary
 from fourge.publishing.card_options import CardFacts
 from fourge.publishing.card_overview import plan_file
 from fourge.publishing.card_section import Section, Trace
 from fourge.publishing.markdown import NONE, bullets, code, plain, table
 
 if TYPE_CHECKING:
-    from fourge.plan import PlanReport
     from fourge.planning.fit import Fit
 
-_GIB = 1 << 30
 _NATIVE = FP4.name
 
 
 def usage(card: CardFacts) -> Section:
-    """Commands for vLLM, transformers and SGLang, on the first GPUs of the plan that hold the model."""
+    """Commands for vLLM, transformers and SGLang, on the smallest GPUs of the plan that hold the model."""
     plan = card.evidence.plan
-    chosen = None if plan is None else choose_fit(plan)
-    blocks = ["### vLLM", *_vllm(card, chosen), "### transformers", *_transformers(card), "### SGLang"]
-    blocks += _sglang(card, chosen)
-    return Section("How to use", "\n\n".join(blocks), (_trace(card),) if chosen else ())
+    fits = () if plan is None else plan.gpus
+    native, weight_only = smallest_of(fits, native=True), smallest_of(fits, native=False)
+    blocks = ["### vLLM", *_vllm(card, native, weight_only), "### transformers", *_transformers(card), "### SGLang"]
+    blocks += _sglang(card, native)
+    return Section("How to use", "\n\n".join(blocks), (_trace(card),) if native or weight_only else ())
 
 
 def hardware(card: CardFacts) -> Section:
@@ -51,12 +52,6 @@ def _trace(card: CardFacts) -> Trace:
     return Trace("GPUs, their number, kernels, memory", plan_file(card), "fourge plan OUT")
 
 
-def choose_fit(plan: "PlanReport") -> "Fit | None":
-    """The first GPUs that hold the model and multiply in FP4; without any, the first that hold it."""
-    held = [fit for fit in plan.gpus if fit.holds]
-    return next((fit for fit in held if fit.kernel == _NATIVE), held[0] if held else None)
-
-
 def _arithmetic(name: str | None) -> str:
     kernel = next((kernel for kernel in KERNELS if kernel.name == name), None)
     if kernel is None:
@@ -71,28 +66,44 @@ def _hardware_row(fit: "Fit") -> list[str]:
     if not fit.holds:
         return [fit.gpu, NONE, arithmetic, NONE, NONE]
     cache = f"{fit.kv_cache_tokens:,} tokens"
-    return [fit.gpu, str(fit.count), arithmetic, f"{fit.weights / _GIB:.1f} GiB", cache]
+    return [fit.gpu, str(fit.count), arithmetic, format_binary(fit.weights), cache]
 
 
-def _vllm(card: CardFacts, fit: "Fit | None") -> list[str]:
-    plan = card.evidence.plan
-    if plan is None or fit is None:
+def _vllm(card: CardFacts, native: "Fit | None", weight_only: "Fit | None") -> list[str]:
+    """The command on the smallest GPUs of either kind; the script with the options of the first."""
+    plan, best = card.evidence.plan, native or weight_only
+    if plan is None or best is None:
         return ["None of the GPUs below holds it. `fourge plan OUT --gpu NAME:COUNT --max-model-len N` tries others."]
     length = plan.request.max_model_len
+    blocks = []
+    if native is not None:
+        blocks += [f"In FP4, at its full context length, on {_gpus(native)} or larger:", _serve(card, native, length)]
+    if weight_only is not None:
+        where = f"Weight-only (W4A16), on {_gpus(weight_only)} or larger"
+        same = native is not None and _serve(card, native, length) == _serve(card, weight_only, length)
+        blocks += [f"{where}: the same command."] if same else [f"{where}:", _serve(card, weight_only, length)]
+    return [*blocks, *_vllm_python(card, best, length)]
+
+
+def _gpus(fit: "Fit") -> str:
+    return f"{fit.count} × {fit.gpu}"
+
+
+def _serve(card: CardFacts, fit: "Fit", length: int) -> str:
     arguments = ["vllm", "serve", card.model_id, "--max-model-len", str(length)]
-    options = [f"max_model_len={length}"]
     if fit.count > 1:
         arguments += ["--tensor-parallel-size", str(fit.count)]
-        options.append(f"tensor_parallel_size={fit.count}")
     if fit.kernel == MARLIN_WITHOUT_BF16.name:
         arguments += ["--dtype", "half"]
+    return code(shlex.join(arguments))
+
+
+def _vllm_python(card: CardFacts, fit: "Fit", length: int) -> list[str]:
+    options = [f"max_model_len={length}"]
+    if fit.count > 1:
+        options.append(f"tensor_parallel_size={fit.count}")
+    if fit.kernel == MARLIN_WITHOUT_BF16.name:
         options.append('dtype="half"')
-    holds = "holds" if fit.count == 1 else "hold"
-    where = f"On {fit.count} × {fit.gpu} ({fit.kernel}), which {holds} it at its full context length:"
-    return [where, code(shlex.join(arguments)), *_vllm_python(card, options)]
-
-
-def _vllm_python(card: CardFacts, options: list[str]) -> list[str]:
     chats = has_chat_template(card)
     call = 'llm.chat([{"role": "user", "content": "Why is the sky blue?"}], sampling)'
     if not chats:
@@ -145,7 +156,7 @@ def _transformers(card: CardFacts) -> list[str]:
 
 def _sglang(card: CardFacts, fit: "Fit | None") -> list[str]:
     plan = card.evidence.plan
-    if plan is None or fit is None or fit.kernel != _NATIVE:
+    if plan is None or fit is None:
         return [
             "SGLang runs compressed-tensors' NVFP4 on GPUs with FP4 tensor cores, with quantized activations; none of "
             "those that the plan knows fits this checkpoint."
@@ -154,5 +165,5 @@ def _sglang(card: CardFacts, fit: "Fit | None") -> list[str]:
     arguments += ["--context-length", str(plan.request.max_model_len)]
     if fit.count > 1:
         arguments += ["--tp", str(fit.count)]
-    note = f"On GPUs with FP4 tensor cores alone, here {fit.count} × {fit.gpu}; the number is what holds it under vLLM:"
+    note = f"On GPUs with FP4 tensor cores alone, here {_gpus(fit)}; the number is what holds it under vLLM:"
     return [note, code(shlex.join(arguments))]

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from fourge.planning.fit import smallest_of
+from fourge.progress import format_binary
 from fourge.publishing.evidence import Evidence
 from fourge.publishing.page_markup import Node, table, tag
 from fourge.publishing.page_section import Section, missing, note
@@ -9,7 +11,6 @@ from fourge.publishing.page_section import Section, missing, note
 if TYPE_CHECKING:
     from fourge.planning.fit import Fit
 
-GIB = 1 << 30
 _CACHE = {"auto": "16 bits", "bfloat16": "BF16", "fp8": "FP8"}
 
 
@@ -18,7 +19,6 @@ def plan_section(evidence: Evidence) -> Section:
     report = evidence.plan
     if report is None:
         return missing("plan", "Plan", f"No plan: {evidence.plan_failure}")
-    native = {kernel.name for kernel in report.kernels if kernel.activations_quantized and "FP4" in kernel.name}
     request = report.request
     rows = [_row(fit) for fit in report.gpus]
     header = ("GPU", "number", "kernel", "weights each", "KV tokens", "sequences", "decode ≤", "prefill ≤")
@@ -34,16 +34,15 @@ def plan_section(evidence: Evidence) -> Section:
         tag("ul", kernels, class_="note"),
     )
     command = f"fourge plan {evidence.output.name}"
-    return Section("plan", "Plan", _finding(report.gpus, native), body, ("the headers, by ", tag("code", command)))
+    return Section("plan", "Plan", _finding(report.gpus), body, ("the headers, by ", tag("code", command)))
 
 
-def _finding(fits: "tuple[Fit, ...]", native: set[str]) -> str:
-    fitting = [fit for fit in fits if fit.holds]
-    if not fitting:
-        return "No number of the known GPUs holds the model at full length"
-    best = min(fitting, key=lambda fit: (fit.kernel not in native, fit.count))
-    in_fp4 = "in FP4" if best.kernel in native else f"through {best.kernel}, not in FP4"
-    return f"{best.count} × {best.gpu} {'serves' if best.count == 1 else 'serve'} it {in_fp4}, at full length"
+def _finding(fits: "tuple[Fit, ...]") -> str:
+    choices = {"in FP4": smallest_of(fits, native=True), "weight-only": smallest_of(fits, native=False)}
+    ways = [f"{fit.count} × {fit.gpu} {how}" for how, fit in choices.items() if fit is not None]
+    if not ways:
+        return "No number of the known GPUs holds the model at full length in a kernel for NVFP4"
+    return f"At full length it takes {' or '.join(ways)}"
 
 
 def _row(fit: "Fit") -> tuple[Node, ...]:
@@ -54,7 +53,7 @@ def _row(fit: "Fit") -> tuple[Node, ...]:
         fit.gpu,
         fit.count,
         fit.kernel,
-        f"{fit.weights / GIB:,.1f} GiB",
+        format_binary(fit.weights),
         f"{fit.kv_cache_tokens:,}",
         f"{fit.full_length_sequences:,}",
         None if speed is None else f"{speed.decode:,.0f}",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fourge.progress import format_bytes, format_seconds
+from fourge.progress import format_binary, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from fourge.plan import ModelSizes, PlanReport
@@ -55,8 +55,9 @@ def _model_lines(report: "PlanReport") -> list[str]:
 def _ranks(report: "PlanReport") -> str:
     """The sizes over which the model can be cut, and what each of so many ranks holds."""
     ranks = report.tensor_parallel_ranks
-    texts = [f"{size}: {rank.weights / _GIB:,.1f}" for size, rank in ranks.items()]
-    return ", ".join(texts) + (" GiB of weights a rank" if texts else "")
+    unit, prefix = (_GIB, "G") if any(rank.weights >= _GIB for rank in ranks.values()) else (1 << 20, "M")
+    texts = [f"{size}: {rank.weights / unit:,.1f}" for size, rank in ranks.items()]
+    return ", ".join(texts) + (f" {prefix}iB of weights a rank" if texts else "")
 
 
 def _part_rows(sizes: "ModelSizes") -> list[list[str]]:
@@ -94,7 +95,7 @@ _FIT_HEADER = [
 def _fit_row(fit: "Fit") -> list[str]:
     if not fit.holds:
         return [fit.gpu, "–", fit.kernel or "none"]
-    row = [fit.gpu, str(fit.count), fit.kernel or "none", f"{fit.weights / _GIB:.1f} GiB"]
+    row = [fit.gpu, str(fit.count), fit.kernel or "none", format_binary(fit.weights)]
     row += [f"{fit.kv_cache_tokens:,}", f"{fit.full_length_sequences:,}", f"{fit.kv_cache_tokens_fp8:,}"]
     if fit.roofline is None:
         return [*row, "–", "–", "–"]

@@ -20,6 +20,7 @@ from fourge.planning.kernels import KERNELS, MARLIN_WITHOUT_BF16, Kernel
 from fourge.planning.kv_cache import bytes_per_token
 from fourge.planning.model import describe
 from fourge.planning.tensor_parallel import working_sizes
+from fourge.progress import format_binary
 from fourge.walk.job import FOLDER, INDEX
 from fourge.walk.resources import available_memory
 
@@ -154,9 +155,9 @@ def place_on_cpu(facts: ModelFacts, request: Request, quantizes_activations: boo
     need, have = weights + cache + _CPU_WORKING_BYTES, available_memory()
     if have < need:
         raise InputError(
-            f"{facts.name} does not fit this machine's memory (no GPU is here): {weights / GIB:.1f} GiB of weights, "
+            f"{facts.name} does not fit this machine's memory (no GPU is here): {format_binary(weights)} of weights, "
             f"which a CPU holds in BF16, {cache / GIB:.0f} GiB of KV cache for {request.concurrency} × "
-            f"{request.max_model_len:,} tokens, 2 GiB to work in; {have / GIB:.1f} GiB are free: "
+            f"{request.max_model_len:,} tokens, 2 GiB to work in; {format_binary(have)} are free: "
             "lower --max-model-len, or name GPUs with --gpu"
         )
     return Placement(
