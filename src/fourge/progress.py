@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +57,8 @@ class WalkProgress:
     """Progress of one walk of `num_steps` steps, of which `done` were committed before.
 
     `costs` says what the steps cost relative to each other (all the same where it is left out); the ETA follows
-    from the cost of the steps finished in this run and the share of the one under way.
+    from the cost of the steps finished in this run and the share of the one under way. `about` is in every entry of
+    the log, which another process, on another machine, may continue.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class WalkProgress:
         log: Path | None = None,
         stream: TextIO | None = None,
         costs: Sequence[float] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self._title, self._num_steps, self._first = title, num_steps, done
         self._costs = [1.0] * num_steps if costs is None else list(costs)
         self._done, self._share = done, 0.0
         self._stream = stream or sys.stderr
-        self._log = log
+        self._log, self._about = log, dict(about or {})
         self._began = time.monotonic()
         self._step_began = self._began
         self._tokens, self._bytes = 0, 0
@@ -143,15 +145,20 @@ class WalkProgress:
         else:
             print(f"{self._title} {self._facts()} | {line}", file=self._stream, flush=True)
         if self._log is not None:
-            entry = record | {
-                "name": name,
-                "seconds": round(seconds, 4),
-                "tokens": self._step_tokens,
-                "bytes_read": self._step_bytes,
-                "resident_bytes": resident_bytes(),
-                "eta_seconds": self.eta_seconds,
-                "time": time.time(),
-            }
+            entry = (
+                record
+                | self._about
+                | {
+                    "name": name,
+                    "seconds": round(seconds, 4),
+                    "tokens": self._step_tokens,
+                    "bytes_read": self._step_bytes,
+                    "resident_bytes": resident_bytes(),
+                    "peak_resident_bytes": peak_resident_bytes(),
+                    "eta_seconds": self.eta_seconds,
+                    "time": time.time(),
+                }
+            )
             with self._log.open("a") as file:
                 file.write(json.dumps(entry, sort_keys=True) + "\n")
         self._step_tokens, self._step_bytes = 0, 0

@@ -1,8 +1,10 @@
 """`fourge card`: everything that the published card tells, nothing that no file tells, and the owner's own words."""
 
 import json
+import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 import fourge
 from fourge.cli import app
+from fourge.progress import format_bytes
 
 EVALUATION = ".fourge/evaluate/openllm-v1/evaluation.json"
 
@@ -50,7 +53,7 @@ PUBLISHED_FACTS = {
     "format": r"compressed-tensors · nvfp4-pack-quantized",
     "size": r"234\.3 GB = 218\.2 GiB",
     "source's size": r"811\.7 GB",
-    "vLLM on two B200": r"on 2 × B200 or larger:\n\n```bash\nvllm serve Nous/Hermes-4-405B-NVFP4 .*--tensor-parallel-size 2",
+    "vLLM on two B200": r"on 2 × B200 or larger:\n\n```bash\nvllm serve Nous/Hermes.* --tensor-parallel-size 2",
     "weight-only on A100s": r"on 4 × A100 or larger:\n\n```bash\nvllm serve .*--tensor-parallel-size 4",
     "chat template": r"model's own chat template is applied:\n\n```python\n(.*\n)*.*llm\.chat\(",
     "weight-only on older GPUs": r"\| H100 \| 8 \| W4A16, weight-only \(Marlin\)",
@@ -361,6 +364,12 @@ def test_a_real_jobs_figures(finished: Path) -> None:
     assert "**Calibration set** | random tokens" in text and "held-out tokens of random tokens" in text
     assert row(text, "Perplexity, this model")[1].startswith(f"{fidelity['perplexity_nvfp4']['mean']:,.3f}")
     assert f"**Time** | {round(seconds)}s for 4 steps" in text
+    last = json.loads((finished / ".fourge/metrics.jsonl").read_text().splitlines()[-1])
+    assert f"**Peak memory** | {format_bytes(last['peak_resident_bytes'])} resident" in text
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    machine = f"{cpu.partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} logical CPU"
+    assert machine in text and "GiB of memory; computed on cpu with 1 thread in float32" in text
+    assert socket.gethostname() not in text
     assert "![Errors of weights and hidden states by layer](layer_errors.png)" in text
 
 

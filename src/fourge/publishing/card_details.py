@@ -7,7 +7,7 @@ from typing import Any
 from fourge.progress import format_bytes, format_seconds
 from fourge.publishing.card_options import CardFacts
 from fourge.publishing.card_section import Section, Trace
-from fourge.publishing.evidence import METRICS
+from fourge.publishing.evidence import METRICS, Evidence
 from fourge.publishing.markdown import bullets, code, facts, plain, without_folder
 
 _METHODS = {
@@ -102,14 +102,23 @@ def _data_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, 
 def _cost_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}" for name, version in (card.evidence.versions or {}).items())
     threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
-    machine = f"{settings['device']}, {threads}, arithmetic in {settings['compute_dtype']}"
-    rows = [("Software", versions), ("Machine", machine)]
+    computed = f"computed on {settings['device']} with {threads} in {settings['compute_dtype']}"
+    machines = "; then ".join(map(plain, card.evidence.machines)) or "not recorded"
+    rows = [("Software", versions), ("Machine", f"{machines}; {computed}")]
     metrics = card.evidence.metrics
     if metrics:
-        rows.append(("Time", f"{format_seconds(sum(step.seconds for step in metrics))} for {len(metrics)} steps"))
-        memory = max(step.resident_bytes for step in metrics)
-        rows.append(("Memory", f"{format_bytes(memory)} resident at most, read at the end of every step"))
+        seconds = format_seconds(sum(step.seconds for step in metrics))
+        rows.append(("Time", f"{seconds} for {len(metrics)} steps, without preparing the text"))
+        rows.append(("Peak memory", _peak_text(card.evidence)))
     return rows
+
+
+def _peak_text(evidence: Evidence) -> str:
+    """What was measured of the highest memory; in older logs, what was resident between steps."""
+    if evidence.peaks:
+        return ", ".join(f"{format_bytes(count)} {what}" for what, count in evidence.peaks)
+    memory = max(step.resident_bytes for step in evidence.metrics)
+    return f"not recorded; {format_bytes(memory)} resident at most at the end of a step"
 
 
 def _events(card: CardFacts) -> list[str]:
@@ -129,5 +138,5 @@ def _traces(card: CardFacts) -> tuple[Trace, ...]:
     versions = "fourge.json" if card.evidence.provenance is not None else record
     traces.append(Trace("software versions", versions, "fourge quantize"))
     if card.evidence.metrics:
-        traces.append(Trace("time, memory", METRICS, "fourge quantize"))
+        traces.append(Trace("machine, time, peak memory", METRICS, "fourge quantize"))
     return tuple(traces)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fourge.checkpoint.folder import CONFIG, INDEX, PROVENANCE
 from fourge.errors import InputError
+from fourge.progress import format_binary
 
 if TYPE_CHECKING:
     from fourge.plan import PlanReport
@@ -100,6 +101,19 @@ class Evidence:
     weights: WeightFiles | None
 
     @property
+    def machines(self) -> tuple[str, ...]:
+        """The machines that the steps ran on, each once, in words; a job may be continued on another."""
+        described = [step.entry["machine"] for step in self.metrics if "machine" in step.entry]
+        return tuple(dict.fromkeys(machine_text(machine) for machine in described))
+
+    @property
+    def peaks(self) -> tuple[tuple[str, int], ...]:
+        """The highest memory of the run's processes, by what it was measured of; empty where none was."""
+        read = {"resident": "peak_resident_bytes", "on the GPU": "peak_gpu_bytes"}
+        found = {what: [step.entry[key] for step in self.metrics if key in step.entry] for what, key in read.items()}
+        return tuple((what, max(values)) for what, values in found.items() if values)
+
+    @property
     def record(self) -> str | None:
         """The file that the properties below are from: `fourge.json`, which is published, else the job's manifest."""
         if self.provenance is not None:
@@ -162,6 +176,15 @@ class Evidence:
         if self.provenance is not None:
             return self.provenance.get(key)
         return None if self.job is None or self.job.result is None else self.job.result.get(key)
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """`AMD EPYC 7B13, 2 logical CPUs, 24.0 GiB of memory`, and the GPU where there was one."""
+    cpus = "1 logical CPU" if machine["cpus"] == 1 else f"{machine['cpus']} logical CPUs"
+    parts = [machine["cpu"], cpus, f"{format_binary(machine['memory_bytes'])} of memory"]
+    if "gpu" in machine:
+        parts.append(f"{machine['gpu']} with {format_binary(machine['gpu_memory_bytes'])}")
+    return ", ".join(parts)
 
 
 def read_evidence(output: Path) -> Evidence:

@@ -15,8 +15,10 @@ def costs_section(evidence: Evidence) -> Section:
     if not steps:
         return missing("costs", "Cost", "The directory has no metrics.jsonl: what the job took is not known")
     seconds = sum(step.seconds for step in steps)
-    peak = max(step.resident_bytes for step in steps)
-    took = f"The walk took {format_seconds(seconds)}; memory stayed at or below {format_bytes(peak)} between steps"
+    between = max(step.resident_bytes for step in steps)
+    peaks = " and ".join(f"{format_bytes(count)} {what}" for what, count in evidence.peaks)
+    memory = f"at its peak it held {peaks}" if peaks else f"between steps it held {format_bytes(between)} at most"
+    took = f"The walk took {format_seconds(seconds)}; {memory}"
     panels = tag(
         "div",
         _bars(steps, "seconds", [step.seconds for step in steps], short),
@@ -25,7 +27,11 @@ def costs_section(evidence: Evidence) -> Section:
     )
     body: tuple[Node, ...] = (
         panels,
-        note("Steps from left to right: the embedding, the layers, the head. Of a step done twice, the last."),
+        note("On ", "; then ".join(evidence.machines), ".") if evidence.machines else None,
+        note(
+            "Steps from left to right: the embedding, the layers, the head; memory as at the end of each. Of a step "
+            "done twice, the last."
+        ),
         folded("Steps as a table", _numbers(steps)),
     )
     return Section("costs", "Cost", took, body, ".fourge/metrics.jsonl")

@@ -20,6 +20,7 @@ from fourge.progress import format_bytes, resident_bytes
 from fourge.settings import QuantizeSettings, Scheme
 from fourge.walk.compensation import compensation_bytes
 from fourge.walk.hidden import HiddenLayout
+from fourge.walk.machine import memory_in_use, memory_limit
 from fourge.walk.smoothing import smoothing_bytes
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -110,12 +111,8 @@ def return_freed_layers() -> None:
 def available_memory() -> int:
     """Bytes that this process may still take: what the system has free, or what a control group leaves of it."""
     available = int(psutil.virtual_memory().available)
-    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and usage.is_file():
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, int(text) - int(usage.read_text()))
-    return available
+    limit = memory_limit()
+    return available if limit is None else min(available, limit - memory_in_use())
 
 
 def require_resources(needs: Needs, output: Path, device: torch.device, already_written: int) -> None:

@@ -24,6 +24,7 @@ from fourge.settings import QuantizeSettings
 from fourge.walk.finish import finish_checkpoint
 from fourge.walk.hidden import HiddenLayout
 from fourge.walk.job import Job
+from fourge.walk.machine import describe_machine
 from fourge.walk.model import describe_model, require_finite_ends
 from fourge.walk.passes import passes, require_data
 from fourge.walk.resident import make_sampler
@@ -150,7 +151,8 @@ class QuantizeRun:
                 job.check_committed(walk.hidden_layout if streams else None, checked)
         self._require_room_for(streams, sum(record.size for record in job.records))
         steps, costs = self.layout.num_steps, quantizing.costs()
-        with WalkProgress("quantize", steps, job.next_step, job.metrics_path, costs=costs) as progress:
+        about = {"machine": describe_machine(self.device)}
+        with WalkProgress("quantize", steps, job.next_step, job.metrics_path, costs=costs, about=about) as progress:
             quantizing.run(job, progress)
         provenance = sets.provenance if sets else None
         scheme, kv_cache_scheme = self.settings.scheme, self.settings.kv_cache_scheme

@@ -16,6 +16,7 @@ from fourge.settings import QuantizeSettings
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.job import Job, StepRecord, shard_name
 from fourge.walk.layer_step import HiddenStates, LayerStep, StepOutput
+from fourge.walk.machine import device_peak
 from fourge.walk.walk import Walk
 
 
@@ -48,7 +49,8 @@ class QuantizingWalk:
         shard = shard_name(step, self.layout.num_steps)
         written = write_safetensors(job.shard_temporary, self._entries(step, output))
         job.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
-        progress.finish_step(self.layout.step_name(step), output.facts, {"step": step} | output.measures)
+        record = {"step": step} | output.measures | device_peak(self.walk.device)
+        progress.finish_step(self.layout.step_name(step), output.facts, record)
 
     def _step(self, step: int, job: Job, progress: WalkProgress) -> tuple[StepOutput, int | None]:
         last = step == self.layout.num_steps - 1
