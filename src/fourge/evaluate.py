@@ -100,7 +100,9 @@ def evaluate(
         typer.Option(help="auto: hf where a GPU holds either model with room to spare, else the walk."),
     ] = "auto",
     baseline_url: Annotated[str | None, typer.Option(help="An OpenAI server of the baseline, for vllm.")] = None,
-    quantized_url: Annotated[str | None, typer.Option(help="An OpenAI server of OUT, for vllm.")] = None,
+    quantized_url: Annotated[
+        str | None, typer.Option(help="An OpenAI server of OUT, for vllm; beside a walk it drafts answers.")
+    ] = None,
     numerics: Annotated[
         str | None, typer.Option(help="What the servers compute in, which they do not say: 'W4A4 native', 'W4A16'.")
     ] = None,
@@ -115,7 +117,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Folder to write [default: in OUT/.fourge/evaluate/].")
     ] = None,
     restart: Annotated[bool, typer.Option(help="Throw away what an earlier run left in the folder.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once, for hf and vllm.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once, for hf and servers.")] = 8,
     micro_batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens through a layer at once, for the walk [default: from memory].")
     ] = None,

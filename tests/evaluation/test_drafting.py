@@ -26,14 +26,6 @@ GREEDY: dict[str, Any] = {"do_sample": False}
 Models = tuple[Path, Path]
 
 
-@pytest.fixture(scope="module")
-def models(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
-    output = tmp_path_factory.mktemp("quantized") / "out"
-    sets: dict[str, Any] = {"num_calibration_samples": 4, "num_probe_samples": 1, "max_seq_length": 24}
-    fourge.quantize(str(pico()), output, calibration="random", threads=1, **sets)
-    return pico(), output
-
-
 def requests(count: int, **settings: Any) -> list[GenerateRequest]:
     """Prompts of 1 to 40 words, of which some share their beginnings."""
     rng = np.random.default_rng(5)

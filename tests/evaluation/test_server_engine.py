@@ -3,13 +3,13 @@
 import gc
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from served import Handler
 from tiny_benchmarks import rows_of, write_jsonl
 
 import fourge
@@ -21,49 +21,6 @@ pytest.importorskip("lm_eval", reason="needs lm-eval; pip install 'fourge[eval]'
 
 TASKS = {"arc_challenge": "allenai/ai2_arc/ARC-Challenge", "winogrande": "allenai/winogrande/winogrande_xl"}
 SETTINGS: dict[str, Any] = {"device": "cpu", "compute_dtype": "float32", "threads": 1}
-Handler = Callable[[str, dict[str, Any] | None], dict[str, Any]]
-
-
-@pytest.fixture
-def authorizations() -> list[str | None]:
-    """What every request to `serve`'s servers was authorized by."""
-    return []
-
-
-@pytest.fixture
-def serve(authorizations: list[str | None]) -> Iterator[Callable[[Handler], str]]:
-    """Serves what a function of path and body answers; gives the URL."""
-    running: list[ThreadingHTTPServer] = []
-
-    def start(answer: Handler) -> str:
-        class Requests(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.reply(None)
-
-            def do_POST(self) -> None:
-                self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def reply(self, body: dict[str, Any] | None) -> None:
-                authorizations.append(self.headers["Authorization"])
-                content = json.dumps(answer(self.path, body)).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Requests)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        running.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
 
 
 def listed(**facts: Any) -> dict[str, Any]:

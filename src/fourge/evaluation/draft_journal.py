@@ -23,7 +23,7 @@ class DraftState:
 
     Over all passes, and all answers in each: `verified` answers, `drafted` tokens, of which `accepted` were right.
     `micro_batch_tokens` and `batch_rows` are what the first run chose, for the layout hangs on them. `drafted_by` is
-    what drafts now: "itself", "quantized", "baseline" or "look-up".
+    what drafts now: "itself", "quantized", "baseline", "server" or "look-up".
     """
 
     micro_batch_tokens: int

@@ -29,6 +29,7 @@ from fourge.walk.resources import return_freed_layers
 from fourge.walk.statistics import Estimate
 
 if TYPE_CHECKING:
+    from fourge.evaluation.draft_server import DraftServer
     from fourge.evaluation.walk_generation import GeneratedText, GenerationOutcome
     from fourge.evaluation.walk_lm import Prompting, Recorder
 
@@ -42,8 +43,9 @@ Scores = dict[bytes, tuple[float, bool]]
 class WalkSettings:
     """What to walk over and how; `device` and `compute_dtype` resolved. One of the two models may be None.
 
-    `micro_batch_tokens` None takes what memory allows, and on continuation what the walk was begun with. The last
-    four but `restart` are arguments of lm-eval's `hf` model, with its meaning.
+    `micro_batch_tokens` None takes what memory allows, and on continuation what the walk was begun with. From
+    `max_length` to `chat_template_args` are arguments of lm-eval's `hf` model, with its meaning. A server of the
+    quantized model at `draft_url` drafts answers to generation requests, `draft_concurrency` at once.
     """
 
     baseline: Path | None
@@ -57,6 +59,8 @@ class WalkSettings:
     prefix_token_id: int | None = None
     chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     restart: bool = False
+    draft_url: str | None = None
+    draft_concurrency: int = 1
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,13 @@ class WalkEngine:
 
         before = self._bytes_read
         recorder = Recorder()
+        server = self._draft_server()
+        if server is not None:
+            server.require_ready()
         with announced("Collecting lm-eval's requests"):
             run_lm_eval(WalkLM(self.prompting, recorder))
+        if server is not None and not recorder.to_generate:
+            print("No task generates: the server is not asked for drafts", file=sys.stderr, flush=True)
         texts = self._texts(list(recorder.to_generate.values()))
         scores = self._scores(recorder)
         assert self.outcome is not None
@@ -142,6 +151,12 @@ class WalkEngine:
                 results[role] = run_lm_eval(WalkLM(self.prompting, replay))
             _note_lengths(results[role], texts[role])
         return results
+
+    def _draft_server(self) -> "DraftServer | None":
+        from fourge.evaluation.draft_server import DraftServer
+
+        url = self.settings.draft_url
+        return None if url is None else DraftServer(url, self.settings.draft_concurrency)
 
     @property
     def _bytes_read(self) -> int:
@@ -156,7 +171,7 @@ class WalkEngine:
         settings = self.settings
         lanes = dict(zip(self.roles, self.lanes, strict=True))
         generation = WalkGeneration(
-            lanes, self.prompting, settings.folder, settings.micro_batch_tokens, restart=settings.restart
+            lanes, self.prompting, settings.folder, settings.micro_batch_tokens, settings.restart, self._draft_server()
         )
         generated = generation.answer(requests)
         self.generation = generation.outcomes

@@ -1,4 +1,7 @@
-"""Which engine evaluates: the walk, unless a GPU holds either model with room to spare, or servers are named."""
+"""Which engine evaluates: the walk, unless a GPU holds either model with room to spare, or servers are named.
+
+A server of the quantized model alone, beside a baseline, drafts for the walk.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +26,16 @@ def choose_engine(
 
     Raises InputError for servers that no engine would ask, or the other way round.
     """
+    drafting_alone = set(urls) == {"quantized"} and "quantized" in models
+    if drafting_alone and (asked == "walk" or (asked == "auto" and "baseline" in models)):
+        return "walk"
     if asked == "vllm" or (asked == "auto" and urls):
         missing = [role for role in models if role not in urls]
         if missing:
             raise InputError(f"--engine vllm: where is the {missing[0]} model served? name it with --{missing[0]}-url")
         return "vllm"
     if urls:
-        raise InputError(f"--{next(iter(urls))}-url is for --engine vllm; --engine {asked} computes itself")
+        raise InputError(f"--{sorted(urls)[0]}-url is for --engine vllm; --engine {asked} computes itself")
     if asked != "auto":
         return asked
     if not device.startswith("cuda"):

@@ -58,8 +58,8 @@ class Models:
 class Computing:
     """Which engine, where and in what arithmetic; `numerics` is what the user says of servers.
 
-    `batch_size` requests at once for the engines `hf` and `vllm`; `micro_batch_tokens` for the walk, None: as many as
-    memory allows.
+    `batch_size` requests at once for the engine `hf` and for servers; `micro_batch_tokens` for the walk, None: as many
+    as memory allows. With the walk the one URL that there may be is of a server that drafts.
     """
 
     engine: Engine
@@ -154,6 +154,8 @@ class EvaluationRun:
                 micro_batch_tokens=self.computing.micro_batch_tokens,
                 chat_template_args=arguments,
                 restart=self.computing.restart,
+                draft_url=self.computing.urls.get("quantized"),
+                draft_concurrency=self.computing.batch_size,
             )
         )
         results = engine.evaluate(run_lm_eval)

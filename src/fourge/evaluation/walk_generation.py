@@ -6,7 +6,8 @@
 
 Where the quantized model fits in memory it answers there, greedily, and its answers are the baseline's drafts; past
 a difference it drafts again from the baseline's token. Without a quantized model the baseline drafts for itself if
-it fits. What does not fit is walked for its own answers too, on drafts looked up in the text.
+it fits. What does not fit is walked for its own answers too, on drafts looked up in the text, or on those of a server
+of the quantized model where one is named: then both models' answers are the walk's, whatever the server computes in.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ from fourge.evaluation.draft_models import (
     find_fit,
     say_drafted,
 )
+from fourge.evaluation.draft_server import DraftServer
 from fourge.evaluation.drafting import Answer, Draft, answer_verified
 from fourge.evaluation.generation import GenerationReader, Question
 from fourge.evaluation.lanes import ScoringLane
@@ -59,8 +61,10 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class GenerationOutcome:
-    """How a model's answers were made: `drafted_by` "itself" (in memory, no passes), "quantized", "baseline" or
-    "look-up". An answer verified in a pass counts once there in `verified`; of `drafted` tokens `accepted` were right.
+    """How a model's answers were made.
+
+    `drafted_by` is "itself" (in memory, no passes), "quantized", "baseline", "server" or "look-up". An answer verified
+    in a pass counts once there in `verified`; of `drafted` tokens `accepted` were right.
     """
 
     drafted_by: str
@@ -82,6 +86,7 @@ class GenerationOutcome:
 class WalkGeneration:
     """Answers distinct requests for all `lanes`; everything else of the walk engine's settings.
 
+    `server` serves the quantized model and drafts in its place; None where there is no such server.
     `outcomes` has how it went, a role, after `answer`.
     """
 
@@ -92,12 +97,14 @@ class WalkGeneration:
         folder: Path,
         micro_batch_tokens: int | None,
         restart: bool,
+        server: DraftServer | None = None,
     ) -> None:
         self.outcomes: dict[Role, GenerationOutcome] = {}
         self._lanes = lanes
         self._prompting = prompting
         self._folder = folder / "generation"
         self._micro_batch_tokens = micro_batch_tokens
+        self._server = server
         if restart:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -133,7 +140,7 @@ class WalkGeneration:
         )
         if all(answer.ended for answer in answers):
             print(f"{role}: all {len(answers):,} answers were there already", file=sys.stderr)
-        elif role == "quantized" and self._fit.form is not None:
+        elif role == "quantized" and self._server is None and self._fit.form is not None:
             journal.state.drafted_by = "itself"
             self._decode(answers, journal)
         else:
@@ -156,7 +163,10 @@ class WalkGeneration:
 
     def _draft(self, state: DraftState, answers: Sequence[Answer], others: Sequence[Answer] | None) -> Draft:
         known = {} if others is None else {id(ours): its for ours, its in zip(answers, others, strict=True)}
-        if self._fit.form is None:
+        otherwise: Draft
+        if self._server is not None:
+            state.drafted_by, otherwise = "server", self._server.draft
+        elif self._fit.form is None:
             print(
                 f"The {self._drafter} model cannot draft in memory ({self._fit}): drafts are looked up in the text, "
                 "which takes more passes",

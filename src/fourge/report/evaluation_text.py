@@ -202,7 +202,12 @@ def _drafting_lines(drafting: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-_DRAFTERS = {"quantized": "the quantized model", "baseline": "the baseline", "look-up": "looking up in the text"}
+_DRAFTERS = {
+    "quantized": "the quantized model",
+    "baseline": "the baseline",
+    "server": "the quantized model's server",
+    "look-up": "looking up in the text",
+}
 
 
 def contamination_lines(contamination: Mapping[str, Any] | None) -> list[str]:

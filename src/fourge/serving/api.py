@@ -62,6 +62,16 @@ class Client:
         answer = self._json("/v1/completions", _completion(model, prompt, max_tokens), _LONG)
         return str(answer["choices"][0]["text"])
 
+    def continue_tokens(self, model: str, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> list[int]:
+        """Token ids of the greedy continuation, up to one of the texts `stop`, the tokens that make it included."""
+        request = _completion(model, list(prompt), max_tokens) | {"return_token_ids": True}
+        if stop:
+            request["stop"] = list(stop)
+        (choice,) = self._json("/v1/completions", request, _LONG)["choices"]
+        if choice.get("token_ids") is None:
+            raise ApiError(f"{self.url} does not give token ids, as vLLM does where `return_token_ids` is asked for")
+        return [int(token) for token in choice["token_ids"]]
+
     def prompt_log_probs(self, model: str, tokens: Sequence[int]) -> list[float]:
         """log p of every token of `tokens` but the first, given those before it."""
         request = _completion(model, list(tokens), 1) | {"echo": True, "logprobs": 0}
