@@ -49,9 +49,9 @@ def test_the_text_of_it(tmp_path: Path) -> None:
 
 
 def test_more_than_all_is_shown(tmp_path: Path) -> None:
-    report = lanes(tmp_path, baseline="1111000000", quantized="1111100000")
-    assert report.tasks[0].recovery is not None and report.tasks[0].recovery.value == pytest.approx(1.25)
-    assert "125.00 ± " in evaluation_summary(report)
+    report = lanes(tmp_path, baseline="1111110000", quantized="1111111110")
+    assert report.tasks[0].recovery is not None and report.tasks[0].recovery.value == pytest.approx(1.5)
+    assert "150.00 ± " in evaluation_summary(report)
 
 
 def test_nothing_is_rounded_before_it_is_compared(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_nothing_is_rounded_before_it_is_compared(tmp_path: Path) -> None:
 def test_one_item_has_no_error_in_the_table(tmp_path: Path) -> None:
     text = evaluation_summary(lanes(tmp_path, baseline="1", quantized="0"))
     row = next(line for line in text.splitlines() if line.startswith("quiz "))
-    assert row.split() == ["quiz", "1", "100.00", "0.00", "-100.00", "0.00", "1.0000", "1.0000", "1", "0"]
+    assert row.split() == ["quiz", "1", "100.00", "0.00", "-100.00", "1.0000", "1.0000", "1", "0"]
 
 
 def test_a_baseline_that_scores_nothing_has_no_recovery(tmp_path: Path) -> None:
@@ -78,7 +78,9 @@ def test_a_baseline_that_scores_nothing_has_no_recovery(tmp_path: Path) -> None:
 def test_a_baseline_at_chance_cannot_show_damage(tmp_path: Path) -> None:
     report = lanes(tmp_path, baseline="1100000", quantized="1100000")
     assert report.tasks[0].at_chance
-    assert "not above chance (25.0%" in evaluation_summary(report)
+    assert report.tasks[0].recovery is not None and report.tasks[0].recovery.value == 1
+    text = evaluation_summary(report)
+    assert "not above chance (25.0%" in text and "100.00" not in text, "the ratio of two guesses is no recovery"
     assert not lanes(tmp_path / "sure", baseline="1111110", quantized="1111110").tasks[0].at_chance
 
 

@@ -154,6 +154,50 @@ def test_the_datasets_id_is_from_lm_evals_results(hermes: Path) -> None:
     assert found["winogrande"].dataset_type == "winogrande"
 
 
+def test_the_score_of_some_items_is_not_published_as_the_tasks(hermes: Path) -> None:
+    folder = hermes / ".fourge/evaluate/openllm-v1"
+    results = {
+        "configs": {"gsm8k": {"dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test"}},
+        "n-samples": {
+            "gsm8k": {"original": 1319, "effective": 24},
+            "winogrande": {"original": 1267, "effective": 1267},
+            "mmlu_anatomy": {"original": 135, "effective": 2},
+            "mmlu_virology": {"original": 166, "effective": 2},
+        },
+        "group_subtasks": {"mmlu": ["mmlu_other"], "mmlu_other": ["mmlu_anatomy", "mmlu_virology"]},
+    }
+    write(folder / "quantized/results.json", results)
+    change(hermes / EVALUATION, ("tasks", 1, "items"), 24)
+    text = card_text(hermes)
+    found = {result.dataset_name: result for result in ModelCard.load(hermes / "README.md").data.eval_results}
+    gsm8k = found["gsm8k (24 of 1,319 items)"]
+    assert (gsm8k.dataset_type, gsm8k.dataset_config, gsm8k.dataset_split) == ("openai/gsm8k", "main", "test[:24]")
+    assert gsm8k.metric_args == {"num_fewshot": 5, "num_samples": 24}
+    assert found["mmlu (4 of 301 items)"].metric_args == {"num_fewshot": 5, "num_samples": 4}
+    assert {"winogrande", "hellaswag"} <= found.keys()
+    assert row(text, "gsm8k")[3] == "24 of 1,319"
+    change(hermes / EVALUATION, ("settings", "limit"), 100)
+    card_text(hermes)
+    names = {result.dataset_name for result in ModelCard.load(hermes / "README.md").data.eval_results}
+    assert {"hellaswag (not all items)", "winogrande"} <= names
+
+
+def test_a_task_at_chance_has_no_recovery_and_its_note_is_said_once(hermes: Path) -> None:
+    note = "the baseline is not above chance (25.0%)"
+    for number in (0, 5):
+        change(hermes / EVALUATION, ("tasks", number, "at_chance"), True)
+        change(hermes / EVALUATION, ("tasks", number, "note"), note)
+    mean = {"tasks": 6, "items": 28659, **{key: evaluation()["tasks"][0][key] for key in ("baseline", "quantized")}}
+    change(hermes / EVALUATION, ("macro",), mean | {"delta": None, "recovery": {"value": 0.9, "se": 0.01}})
+    text = card_text(hermes)
+    assert [row(text, task)[7] for task in ("arc_challenge", "winogrande", "gsm8k")] == ["–", "–", "99.46 ± 0.26"]
+    assert f"- arc_challenge, winogrande: {note}.\n" in text and text.count(note) == 1
+    assert row(text, "mean of tasks (6)")[7] == "90.00 ± 1.00"
+    for number in range(6):
+        change(hermes / EVALUATION, ("tasks", number, "at_chance"), True)
+    assert row(card_text(hermes), "mean of tasks (6)")[7] == "–"
+
+
 # Nothing that no file tells
 
 CHANGES: dict[str, tuple[str, tuple[Any, ...], Any, str, str]] = {

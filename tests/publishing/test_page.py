@@ -121,6 +121,7 @@ def test_the_heading_counts_only_benchmarks_that_can_show_damage(job: Path, tmp_
     content = json.loads(path.read_text())
     heading = fourge.page(copy, no_histograms=True).findings["Recovery"]
     assert heading == "No benchmark can show damage: the baseline is nowhere above chance"
+    assert "66.7" not in (copy / "fourge.html").read_text(), "the ratio of two guesses is no recovery"
     content["tasks"][0] |= {"at_chance": False, "recovery": {"value": 0.9, "se": 0.04}, "holm_p": 0.06}
     path.write_text(json.dumps(content))
     assert (

@@ -1,6 +1,5 @@
 """The card's metadata, as the hub understands it: what the model is of, under which licence, its scores."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +42,14 @@ def eval_results(card: CardFacts) -> "Iterator[EvalResult]":
         for task in found.content["tasks"]:
             if task["quantized"] is None:
                 continue
-            dataset, subset = _dataset(found, task["task"])
+            dataset, subset, split = _dataset(found, task["task"])
             yield EvalResult(
                 task_type="text-generation",
                 task_name="Text Generation",
                 dataset_type=dataset or task["task"],
-                dataset_name=task["task"],
+                dataset_name=f"{task['task']}{_share(found, task['task'])}",
                 dataset_config=subset,
+                dataset_split=split,
                 metric_type=task["metric"],
                 metric_name=task["metric"] if task["filter"] == "none" else f"{task['metric']} ({task['filter']})",
                 metric_value=round(task["quantized"]["score"], 6),
@@ -58,20 +58,35 @@ def eval_results(card: CardFacts) -> "Iterator[EvalResult]":
 
 
 def _metric_args(found: StoredEvaluation, task: Mapping[str, Any]) -> dict[str, Any]:
-    known = {"num_fewshot": shots(found, task), "thinking": found.content["settings"].get("thinking")}
+    asked = found.asked(task["task"]) if found.is_subset(task["task"]) else None
+    known = {
+        "num_fewshot": shots(found, task),
+        "num_samples": None if asked is None else asked[0],
+        "thinking": found.content["settings"].get("thinking"),
+    }
     return {key: value for key, value in known.items() if value is not None}
 
 
-def _dataset(found: StoredEvaluation, task: str) -> tuple[str | None, str | None]:
-    """The hub dataset and subset of a task, as lm-eval's results have it; None for a group and for local data."""
-    path = found.folder / "quantized" / "results.json"
-    if not path.is_file():
-        return None, None
-    config = json.loads(path.read_text(encoding="utf-8")).get("configs", {}).get(task, {})
+def _share(found: StoredEvaluation, task: str) -> str:
+    """Said beside the dataset's name wherever the score is not of all items: nobody takes it for the task's."""
+    if not found.is_subset(task):
+        return ""
+    asked = found.asked(task)
+    return " (not all items)" if asked is None else f" ({asked[0]:,} of {asked[1]:,} items)"
+
+
+def _dataset(found: StoredEvaluation, task: str) -> tuple[str | None, str | None, str | None]:
+    """The hub dataset of a task, its subset and its split, as lm-eval's results have them; None for a group and for
+    local data. Of a split asked in part, the part is named as the `datasets` library names slices."""
+    config = found.results.get("configs", {}).get(task, {})
     dataset = config.get("dataset_path")
     if not isinstance(dataset, str) or dataset.startswith(("/", ".")) or dataset.count("/") != 1:
-        return None, None
-    return dataset, config.get("dataset_name")
+        return None, None, None
+    split = config.get("test_split") or config.get("validation_split")
+    asked = found.asked(task)
+    if split is not None and asked is not None and found.is_subset(task):
+        split = f"{split}[:{asked[0]}]"
+    return dataset, config.get("dataset_name"), split
 
 
 def _pipeline_tag(card: CardFacts) -> str | None:

@@ -10,7 +10,9 @@ from fourge.publishing.card_reference import Reference
 from fourge.publishing.card_section import Section, Trace
 from fourge.publishing.evidence import StoredEvaluation
 from fourge.publishing.markdown import NONE, bullets, code, estimate, percent, plain, shared_command, table
+from fourge.report.evaluation_text import joined_notes, shown_recovery
 
+_Tasks = Sequence[Mapping[str, Any]]
 _MEASURES = (
     ("KL(BF16‖NVFP4), nats a token", "kl_div", 4),
     ("Top-1 agreement", "top1_agreement", 4),
@@ -63,7 +65,8 @@ def evaluation(card: CardFacts) -> Section:
 
 _INTRO = (
     "Scores in percent, with lm-evaluation-harness, both models on the same items. Δ and recovery (this model's score "
-    "over the base model's) have paired standard errors; lost and won count the items that one model alone got right."
+    "over the base model's) have paired standard errors; lost and won count the items that one model alone got right. "
+    "A task at chance has no recovery: the means count it, too."
 )
 
 
@@ -83,34 +86,41 @@ def _one_evaluation(found: StoredEvaluation, references: Sequence[Reference]) ->
     title = f"### {plain(found.name)}"
     tasks = [task | {"num_fewshot": shots(found, task)} for task in content["tasks"]]
     used = [reference for reference in references if any(task["task"] in reference.scores for task in tasks)]
-    rows = [_task_row(task, used, content["settings"]) for task in tasks]
+    rows = [_task_row(found, task, tasks, used) for task in tasks]
     for key, name in (("macro", "mean of tasks"), ("item_weighted", "mean of items")):
         if content[key] is not None:
-            rows.append(_mean_row(name, content[key], len(used)))
+            rows.append(_mean_row(name, content[key], tasks, len(used)))
     header = ("task", "shots", "metric", "items", "base model", "this model", "Δ", "recovery %", "lost", "won")
     parts = [title, table((*header, *(plain(reference.name) for reference in used)), rows)]
-    notes = [f"{task['task']}: {plain(task['note'])}." for task in content["tasks"] if task["note"]]
+    notes = [f"{plain(note)}." for note in joined_notes(tasks)]
     notes += [line for reference in used for line in _reference_notes(reference, tasks, content["settings"])]
     notes += _per_token(content)
     return [*parts, *([bullets(notes)] if notes else []), _settings(content), code(shared_command(content["command"]))]
 
 
-def _task_row(task: Mapping[str, Any], used: Sequence[Reference], settings: Mapping[str, Any]) -> list[str]:
+def _task_row(found: StoredEvaluation, task: Mapping[str, Any], tasks: _Tasks, used: Sequence[Reference]) -> list[str]:
     metric = task["metric"] if task["filter"] == "none" else f"{task['metric']} ({task['filter']})"
     shots_text = NONE if task["num_fewshot"] is None else str(task["num_fewshot"])
     flips = [NONE if task[key] is None else str(task[key]) for key in ("only_baseline", "only_quantized")]
-    row = [task["task"], shots_text, metric, f"{task['items']:,}" if task["items"] else NONE, *_scores(task), *flips]
-    return row + [_reference_cell(reference, task, settings) for reference in used]
+    row = [task["task"], shots_text, metric, _items(found, task), *_scores(task, tasks), *flips]
+    return row + [_reference_cell(reference, task, found.content["settings"]) for reference in used]
 
 
-def _mean_row(name: str, mean: Mapping[str, Any], references: int) -> list[str]:
+def _items(found: StoredEvaluation, task: Mapping[str, Any]) -> str:
+    """`24 of 1,000` where a limit left items out."""
+    asked = found.asked(task["task"])
+    whole = f" of {asked[1]:,}" if asked is not None and found.is_subset(task["task"]) else ""
+    return f"{task['items']:,}{whole}" if task["items"] else NONE
+
+
+def _mean_row(name: str, mean: Mapping[str, Any], tasks: _Tasks, references: int) -> list[str]:
     label = f"{name} ({mean['tasks']})"
-    return [label, "", "", f"{mean['items']:,}", *_scores(mean), "", "", *[""] * references]
+    return [label, "", "", f"{mean['items']:,}", *_scores(mean, tasks), "", "", *[""] * references]
 
 
-def _scores(found: Mapping[str, Any]) -> list[str]:
+def _scores(found: Mapping[str, Any], tasks: _Tasks) -> list[str]:
     both = [NONE if found[key] is None else percent(found[key]["score"], found[key]["se"]) for key in _LANES]
-    delta, recovery = found["delta"], found["recovery"]
+    delta, recovery = found["delta"], shown_recovery(found, tasks)
     return [
         *both,
         NONE if delta is None else percent(delta["value"], delta["se"], signed=True),

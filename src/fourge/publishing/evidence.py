@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fourge.checkpoint.folder import CONFIG, INDEX, PROVENANCE
 from fourge.errors import InputError
+from fourge.evaluation.runs import ROLES, Run
 from fourge.progress import format_binary
 
 if TYPE_CHECKING:
@@ -53,12 +54,14 @@ class LayerMeasures:
 class StoredEvaluation:
     """One finished evaluation: its folder (samples lie in `baseline/` and `quantized/`), and `evaluation.json`.
 
-    `place` is the folder below `.fourge/evaluate`: the benchmark's, or in that one of its thinking mode.
+    `place` is the folder below `.fourge/evaluate`: the benchmark's, or in that one of its thinking mode. `results` are
+    lm-eval's own of this model, empty where they are not there.
     """
 
     folder: Path
     place: PurePosixPath
     content: Mapping[str, Any]
+    results: Mapping[str, Any]
 
     @property
     def file(self) -> str:
@@ -71,6 +74,21 @@ class StoredEvaluation:
         benchmark = str(self.content["suite"] or self.place.parts[0])
         thinking = self.content["settings"].get("thinking")
         return benchmark if thinking is None else f"{benchmark}, thinking {thinking}"
+
+    def asked(self, task: str) -> tuple[int, int] | None:
+        """How many items of a task or group were asked, and how many it has; None where lm-eval did not say."""
+        counted = self.results.get("n-samples", {})
+        leaves = Run("", {}, dict.fromkeys(counted, self.results)).leaves(task)
+        if not all(leaf in counted for leaf in leaves):
+            return None
+        return sum(counted[leaf]["effective"] for leaf in leaves), sum(counted[leaf]["original"] for leaf in leaves)
+
+    def is_subset(self, task: str) -> bool:
+        """Whether a limit left items of a task out, by lm-eval's count; without that, by the settings."""
+        asked, settings = self.asked(task), self.content["settings"]
+        if asked is None:
+            return settings["limit"] is not None or task in (settings.get("limits") or {})
+        return asked[0] < asked[1]
 
 
 @dataclass(frozen=True)
@@ -252,10 +270,12 @@ def _read_evaluations(folder: Path) -> tuple[StoredEvaluation, ...]:
     `--thinking both` keeps each mode in a folder of its own, in the benchmark's.
     """
     paths = sorted(path for pattern in ("*", "*/thinking-*") for path in folder.glob(f"{pattern}/evaluation.json"))
-    found = [
-        StoredEvaluation(path.parent, PurePosixPath(path.parent.relative_to(folder)), _read_object(path))
-        for path in paths
-    ]
+    found = []
+    for path in paths:
+        results = path.parent / ROLES[1] / "results.json"
+        recorded = _read_object(results) if results.is_file() else {}
+        place = PurePosixPath(path.parent.relative_to(folder))
+        found.append(StoredEvaluation(path.parent, place, _read_object(path), recorded))
     for evaluation in found:
         kind = evaluation.content.get("kind")
         if kind != _EVALUATION_KIND:

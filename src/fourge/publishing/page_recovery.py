@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fourge.publishing.evidence import Evidence, StoredEvaluation
-from fourge.publishing.markdown import shared_command
+from fourge.publishing.markdown import NONE, shared_command
 from fourge.publishing.page_axes import Scale, percent, svg, text, titled, x_axis
 from fourge.publishing.page_markup import Markup, Node, table, tag
 from fourge.publishing.page_section import Section, folded, missing, note
-from fourge.report.evaluation_text import limit_text
+from fourge.report.evaluation_text import joined_notes, limit_text, shown_recovery
 
 _Z95 = 1.959964
 _LEVEL = 0.05
@@ -17,7 +17,7 @@ _TOP, _ROW, _LEFT, _RIGHT, _WIDTH = 14, 26, 250, 860, 1120
 
 def recovery_section(evidence: Evidence) -> Section:
     """One forest of intervals for each stored evaluation."""
-    compared = [evaluation for evaluation in evidence.evaluations if _rows(evaluation.content)]
+    compared = [evaluation for evaluation in evidence.evaluations if _is_compared(evaluation)]
     if not compared:
         name = evidence.output.name
         command = f"fourge evaluate {name} --baseline SOURCE --suite openllm-v1"
@@ -27,17 +27,21 @@ def recovery_section(evidence: Evidence) -> Section:
     return Section("recovery", "Recovery", _finding(compared), (body,), files)
 
 
+def _is_compared(evaluation: StoredEvaluation) -> bool:
+    return any(task["delta"] is not None for task in evaluation.content["tasks"])
+
+
 def _rows(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Tasks that have a recovery, and below them the mean over tasks."""
-    rows = [task for task in content["tasks"] if task["recovery"] is not None]
-    if content["macro"] is not None and content["macro"]["recovery"] is not None:
-        rows.append({**content["macro"], "task": "mean of tasks", "at_chance": False, "mean": True})
+    """Tasks with a recovery that says something, and below them the mean over tasks."""
+    tasks = content["tasks"]
+    rows = [task for task in tasks if shown_recovery(task, tasks) is not None]
+    if content["macro"] is not None and shown_recovery(content["macro"], tasks) is not None:
+        rows.append({**content["macro"], "task": "mean of tasks", "mean": True})
     return rows
 
 
 def _finding(compared: list[StoredEvaluation]) -> str:
-    every = [row for evaluation in compared for row in _rows(evaluation.content) if not row.get("mean")]
-    tasks = [row for row in every if not row["at_chance"]]
+    tasks = [row for evaluation in compared for row in _rows(evaluation.content) if not row.get("mean")]
     if not tasks:
         return "No benchmark can show damage: the baseline is nowhere above chance"
     lost = [row for row in tasks if _is_lost(row)]
@@ -75,10 +79,10 @@ def _evaluation(evaluation: StoredEvaluation) -> list[Node]:
     ]
     if settings["limit"] is not None:
         facts.append(f"{limit_text(settings['limit'])} of each task")
-    notes = [f"{task['task']}: {task['note']}." for task in content["tasks"] if task["note"]]
+    rows, notes = _rows(content), [f"{note}." for note in joined_notes(content["tasks"])]
     return [
         tag("h3", " · ".join(facts)),
-        _forest(_rows(content)),
+        _forest(rows) if rows else None,
         _table(content),
         note(
             "Bars are 95 % intervals of the paired ratio, each for itself. Significant is a Holm p below 5 %, from the "
@@ -110,7 +114,7 @@ def _spoken(row: Mapping[str, Any]) -> str:
 
 def _mark(row: Mapping[str, Any], scale: Scale, y: float) -> Markup:
     low, high = _interval(row["recovery"])
-    kind = "mean" if row.get("mean") else "faint" if row["at_chance"] else ""
+    kind = "mean" if row.get("mean") else ""
     return tag(
         "g",
         text(_LEFT - 14, y + 4, row["task"], "end", "label"),
@@ -149,7 +153,7 @@ def _table(content: Mapping[str, Any]) -> Markup:
             _plus_minus(task["baseline"], "score"),
             _plus_minus(task["quantized"], "score"),
             _plus_minus(task["delta"], "value", "+"),
-            _plus_minus(task["recovery"], "value"),
+            _plus_minus(shown_recovery(task, content["tasks"]), "value") or NONE,
             task["only_baseline"],
             task["only_quantized"],
             None if task["holm_p"] is None else f"{task['holm_p']:.3g}",
@@ -160,7 +164,8 @@ def _table(content: Mapping[str, Any]) -> Markup:
         mean = content[key]
         if mean is not None:
             scores = [_plus_minus(mean[role], "score") for role in ("baseline", "quantized")]
-            effects = [_plus_minus(mean["delta"], "value", "+"), _plus_minus(mean["recovery"], "value")]
+            recovery = shown_recovery(mean, content["tasks"])
+            effects = [_plus_minus(mean["delta"], "value", "+"), _plus_minus(recovery, "value") or NONE]
             rows.append((name, None, None, mean["items"], *scores, *effects, None, None, None))
     return table(header, rows, class_="numbers")
 

@@ -67,6 +67,22 @@ def limit_text(limit: float) -> str:
     return f"the first {limit:.3g} of the items" if limit < 1 else f"the first {limit} items"
 
 
+def shown_recovery(row: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> Mapping[str, float] | None:
+    """The recovery of one of the `tasks`, or of a mean over them; None at chance, for the ratio of two guesses says
+    nothing. A mean is at chance where all its tasks are."""
+    counted = [row] if "task" in row else [task for task in tasks if task["recovery"] is not None]
+    return None if all(task["at_chance"] for task in counted) else row["recovery"]
+
+
+def joined_notes(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`hellaswag, sciq: …`: what is to be said of tasks, the same thing once."""
+    said: dict[str, list[str]] = {}
+    for task in tasks:
+        if task["note"]:
+            said.setdefault(task["note"], []).append(task["task"])
+    return [f"{', '.join(names)}: {note}" for note, names in said.items()]
+
+
 def _setting(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
@@ -76,11 +92,12 @@ def _table_lines(content: Mapping[str, Any]) -> list[str]:
     for task in content["tasks"]:
         p_values = [_p_text(task[name]) for name in ("mcnemar_p", "holm_p")]
         counts = ["" if task[name] is None else str(task[name]) for name in ("only_baseline", "only_quantized")]
-        rows.append([task["task"], str(task["items"] or ""), *_score_cells(task), *p_values, *counts])
+        rows.append([task["task"], str(task["items"] or ""), *_score_cells(task, content["tasks"]), *p_values, *counts])
     for key, name in (("macro", "mean of tasks"), ("item_weighted", "mean of items")):
         mean = content[key]
         if mean is not None:
-            rows.append([f"{name} ({mean['tasks']})", str(mean["items"]), *_score_cells(mean), "", "", "", ""])
+            cells = _score_cells(mean, content["tasks"])
+            rows.append([f"{name} ({mean['tasks']})", str(mean["items"]), *cells, "", "", "", ""])
     return _aligned(rows)
 
 
@@ -98,12 +115,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _score_cells(row: Mapping[str, Any]) -> list[str]:
+def _score_cells(row: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         _plus_minus(row["baseline"], "score"),
         _plus_minus(row["quantized"], "score"),
         _plus_minus(row["delta"], "value", "+"),
-        _plus_minus(row["recovery"], "value"),
+        _plus_minus(shown_recovery(row, tasks), "value"),
     ]
 
 
