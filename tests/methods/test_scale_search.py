@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fourge.methods import scale_search
 from fourge.methods.scale_codes import positive_codes, positive_scales
-from fourge.methods.scale_search import search_global_scale, search_scales
+from fourge.methods.scale_search import search_scales
 from fourge.nvfp4.quantize import amax, dequantize_weight, global_scale, group_scales, quantize_weight
 from fourge.nvfp4.reference import ZERO_SCALE
 
@@ -108,50 +108,6 @@ def test_chunks_and_input_dtype_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     whole = search_scales(weight, divisor, importance)
     monkeypatch.setattr(scale_search, "_CPU_VALUES_PER_CHUNK", 300)
     assert search_scales(weight.float(), divisor.reshape(1), importance).equal(whole)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_blocks_are_searched_within_their_window(seed: int) -> None:
-    weight = random_weights("normal", seed)
-    divisor = global_scale(amax(weight))
-    factors = torch.randn(8, 16, 20)
-    blocks = factors @ factors.mT
-    scales = search_scales(weight, divisor, blocks=blocks)
-    start = positive_codes(group_scales(weight, divisor))
-
-    def errors(scales: Tensor) -> Tensor:
-        groups = weight.double().view(24, 8, 16)
-        steps = (scales / divisor).double()[..., None]
-        residuals = groups - nearest_value(groups / steps) * steps
-        return torch.einsum("ngi,gij,ngj->ng", residuals, blocks.double(), residuals)
-
-    best = torch.stack([errors(positive_scales(start + offset)) for offset in range(-8, 8)]).amin(0)
-    assert (errors(scales) <= best * (1 + 1e-5)).all()
-
-
-def test_diagonal_blocks_are_importance() -> None:
-    weight = random_weights("normal", 1)
-    divisor = global_scale(amax(weight))
-    importance = importance_of(0.5, 128)
-    blocks = torch.diag_embed(importance.view(8, 16))
-    assert search_scales(weight, divisor, blocks=blocks).equal(search_scales(weight, divisor, importance))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_global_scale_is_the_best_of_its_candidates(seed: int) -> None:
-    weights = [problem(seed)[0], problem(seed + 100, rows=8)[0]]
-    importance = problem(seed)[1].square().sum(0)
-    divisor = global_scale(amax(torch.cat(weights)))
-
-    def error(candidate: Tensor) -> float:
-        return sum(
-            group_errors(weight, search_scales(weight, candidate, importance), candidate, importance).sum().item()
-            for weight in weights
-        )
-
-    factors = (1.0, 0.9, 0.75, 0.6)
-    chosen = search_global_scale(weights, divisor, importance, factors)
-    assert error(chosen) == pytest.approx(min(error(divisor * factor) for factor in factors), rel=1e-6)
 
 
 def test_codes_and_scales_are_inverse() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourge.methods.scale_search import _search
+from fourge.methods.scale_search import search_scales
 from fourge.nvfp4 import backend
 from fourge.nvfp4.quantize import (
     QuantizedWeight,
@@ -55,9 +55,9 @@ def everything(weight: Tensor, divisor: Tensor, importance: Tensor) -> list[byte
     plain = quantize_weight(weight, divisor)
     results: list[Tensor] = []
     for h in (None, importance):
-        scales, errors = _search(weight, divisor, h, None)
+        scales = search_scales(weight, divisor, h)
         searched = quantize_weight(weight, divisor, scales)
-        results += [scales, errors, searched.packed, searched.scale, *squared_errors(weight, searched)]
+        results += [scales, searched.packed, searched.scale, *squared_errors(weight, searched)]
     results += [plain.packed, plain.scale, *squared_errors(weight, plain), fake_quantize(weight, divisor)]
     results += [fake_quantize(weight, divisor * 3)]  # the largest groups saturate
     results += [dequantize_weight(plain, dtype=dtype) for dtype in DTYPES]

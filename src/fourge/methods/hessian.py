@@ -43,13 +43,6 @@ class HessianAccumulator:
         return self._sum.diagonal().clone()
 
     @property
-    def blocks(self) -> Tensor:
-        """The blocks on XᵀX's diagonal, one a group, `[K/16, 16, 16]`."""
-        groups = self._sum.shape[0] // GROUP_SIZE
-        by_group = self._sum.view(groups, GROUP_SIZE, groups, GROUP_SIZE)
-        return by_group.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-
-    @property
     def matrix(self) -> Tensor:
         """XᵀX, `[K, K]`, symmetric to the bit: the accumulator's own memory, not a copy."""
         for start in range(0, self._sum.shape[0], _COLUMNS_PER_BLOCK):
@@ -83,11 +76,6 @@ def by_activity(diagonal: Tensor) -> Tensor:
     within = groups.argsort(dim=1, descending=True, stable=True)
     first = groups.sum(1).argsort(descending=True, stable=True)
     return (GROUP_SIZE * first[:, None] + within[first]).flatten()
-
-
-def left_to_right(diagonal: Tensor) -> Tensor:
-    """The columns as they stand."""
-    return torch.arange(diagonal.shape[0], device=diagonal.device)
 
 
 def factorize(

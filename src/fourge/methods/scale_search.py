@@ -7,8 +7,6 @@ downwards, what saturates grows with every code, so a group is done once that al
 (How far down that is depends on h: a large weight on a channel that hardly speaks is better clipped.)
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -21,106 +19,58 @@ from fourge.nvfp4.reference import E2M1_MAX
 _CODES_UP = 7
 _CODES_DOWN = 4  # for every group; further down only those that may still gain
 _FIRST_NORMAL_CODE = 8  # from here on, twice a scale is eight codes up
-_BLOCK_CODES_DOWN = 8
-_GLOBAL_FACTORS = tuple(2 ** (-eighths / 8) for eighths in range(9))
 _OFFSETS = sorted(range(-_CODES_DOWN, _CODES_UP + 1), key=abs)
 _CPU_VALUES_PER_CHUNK = 2**18  # the temporaries stay in the cache
 _FUSED_VALUES_PER_CHUNK = 2**25  # on a GPU too
 
 
-def search_scales(
-    weight: Tensor, global_scale: Tensor, importance: Tensor | None = None, blocks: Tensor | None = None
-) -> Tensor:
+def search_scales(weight: Tensor, global_scale: Tensor, importance: Tensor | None = None) -> Tensor:
     """Scales `[N, K/16]`, FP32 on E4M3's grid, of `weight` `[N, K]`, any float dtype, under the divisor `global_scale`.
 
-    `importance` `[K]` is h, not negative. With `blocks` `[K/16, 16, 16]` instead, the blocks B on XᵀX's diagonal,
-    (w − ŵ)ᵀ B (w − ŵ) is minimised, over the codes −8 … +7 around the max scale alone. The max scale is tried first,
-    the others by their distance from it, and the first of equals stays: so no group is worse than with max.
+    `importance` `[K]` is h, not negative. The max scale is tried first, the others by their distance from it, and the
+    first of equals stays: so no group is worse than with max.
     """
-    return _search(weight, global_scale, importance, blocks)[0]
-
-
-def search_global_scale(
-    weights: list[Tensor],
-    global_scale: Tensor,
-    importance: Tensor | None = None,
-    factors: tuple[float, ...] = _GLOBAL_FACTORS,
-) -> Tensor:
-    """The divisor among `factors` · `global_scale` whose best scales err least over all `weights` `[N_i, K]` together.
-
-    Factors below one give the largest groups room to raise their scale; as group scales step by an eighth of an
-    octave, one octave holds all there is to gain.
-    """
-    candidates = [global_scale * factor for factor in factors]
-    errors = [
-        torch.stack([_search(weight, candidate, importance, None)[1].double().sum() for weight in weights]).sum()
-        for candidate in candidates
-    ]
-    return candidates[int(torch.stack(errors).argmin())]
-
-
-def _search(
-    weight: Tensor, global_scale: Tensor, importance: Tensor | None, blocks: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Scales and their errors, both FP32 `[N, K/16]`."""
-    assert importance is None or blocks is None
-    shape = weight.shape[0], weight.shape[1] // GROUP_SIZE
-    scales, errors = (torch.empty(shape, device=weight.device) for _ in range(2))
+    groups = weight.shape[1] // GROUP_SIZE
+    scales = torch.empty(weight.shape[0], groups, device=weight.device)
     h = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
-    fused = None if blocks is not None else fused_loops(weight.device, torch.float32)
+    fused = fused_loops(weight.device, torch.float32)
     torch_on_cpu = fused is None and weight.device.type == "cpu"
     values = _CPU_VALUES_PER_CHUNK if torch_on_cpu else _FUSED_VALUES_PER_CHUNK
     step = max(1, values // weight.shape[1])
-    for start in range(0, shape[0], step):
+    for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
+        chunk = weight[rows].float()
         if fused is not None:
-            scales[rows], errors[rows] = fused.search(weight[rows].float(), global_scale, h, _OFFSETS)
-            continue
-        groups = weight[rows].float().view(-1, shape[1], GROUP_SIZE)
-        if blocks is None:
-            scales[rows], errors[rows] = _search_diagonal(groups, global_scale, h.view(-1, GROUP_SIZE))
+            scales[rows] = fused.search(chunk, global_scale, h, _OFFSETS)[0]
         else:
-            scales[rows], errors[rows] = _search_blocks(groups, global_scale, blocks.float())
-    return scales, errors
+            scales[rows] = _search(chunk.view(-1, groups, GROUP_SIZE), global_scale, h.view(-1, GROUP_SIZE))
+    return scales
 
 
-def _search_diagonal(groups: Tensor, global_scale: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and errors `[n, G]` of `groups` `[n, G, 16]` with h `[G, 16]`: the optimum over all codes."""
-
-    def error(scales: Tensor) -> Tensor:
-        return sum_pairs(_residuals(groups, scales / global_scale).square_().mul_(h))
-
-    best, least, start = _try_around(groups, global_scale, error, _CODES_DOWN)
+def _search(groups: Tensor, global_scale: Tensor, h: Tensor) -> Tensor:
+    """Scales `[n, G]` of `groups` `[n, G, 16]` with h `[G, 16]`."""
+    best, least, start = _try_around(groups, global_scale, h)
     every_h = h.repeat(groups.shape[0], 1)
     _walk_down(
         groups.flatten(0, 1), every_h, global_scale, start.flatten() - _CODES_DOWN, best.view(-1), least.view(-1)
     )
-    return best, least
+    return best
 
 
-def _search_blocks(groups: Tensor, global_scale: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and errors `[n, G]` of `groups` `[n, G, 16]` with `blocks` `[G, 16, 16]`."""
-
-    def error(scales: Tensor) -> Tensor:
-        residuals = _residuals(groups, scales / global_scale)
-        return torch.einsum("ngi,gij->ngj", residuals, blocks).mul_(residuals).sum(-1)
-
-    best, least, _ = _try_around(groups, global_scale, error, _BLOCK_CODES_DOWN)
-    return best, least
-
-
-def _try_around(
-    groups: Tensor, global_scale: Tensor, error: Callable[[Tensor], Tensor], codes_down: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _try_around(groups: Tensor, global_scale: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Best scales, their errors and the codes the trial was around, `[n, G]`.
 
     That is the max scale's code, or the first normal one where that is larger: among subnormal scales the way to
     twice a scale can be longer than seven codes, and from there it is not.
     """
+
+    def error(scales: Tensor) -> Tensor:
+        return sum_pairs(_residuals(groups, scales / global_scale).square_().mul_(h))
+
     best = group_scales(groups.flatten(-2), global_scale)
     least = error(best)
     start = positive_codes(best).clamp_min(_FIRST_NORMAL_CODE)
-    for offset in sorted(range(-codes_down, _CODES_UP + 1), key=abs):
+    for offset in _OFFSETS:
         scales = positive_scales(start + offset)
         errors = error(scales)
         best = torch.where(errors < least, scales, best)
