@@ -9,7 +9,7 @@ MODELOPT := .venv-modelopt
 AUTOROUND := .venv-autoround
 VLLM := .venv-vllm
 
-.PHONY: setup demo test test-slow test-vllm lint bench-memory bench-quantize bench-encode bench-speed bench-evaluate bench-fidelity clean
+.PHONY: setup setup-vllm demo test test-slow test-vllm lint bench-memory bench-quantize bench-encode bench-speed bench-evaluate bench-fidelity clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -53,7 +53,9 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test-vllm: setup $(VLLM)/.ready
+setup-vllm: $(VLLM)/.ready
+
+test-vllm: setup setup-vllm
 	$(BIN)/python -m pytest -m vllm
 
 test-slow: setup $(PEER)/.ready $(MODELOPT)/.ready
