@@ -118,8 +118,12 @@ def _read_content(checkpoint: "Checkpoint", layout: "FileLayout") -> "Content":
     check, quantization = check_config(checkpoint.config)
     if quantization is None or check.failures:
         raise InputError(f"{checkpoint.directory / CONFIG}: {check.failures[0]}; such a checkpoint cannot be converted")
+    throughout = quantization.scheme
+    if throughout is None or throughout == "FP8":
+        found = " + ".join(dict.fromkeys(each for each, _ in quantization.groups))
+        raise InputError(f"{checkpoint.directory}: a mixture, {found}: only what is NVFP4 throughout can be converted")
     literal = [name for name in quantization.ignore if not name.startswith("re:")]
-    return describe_content(checkpoint, layout, quantization.scheme, quantization.kv_cache_scheme, literal)
+    return describe_content(checkpoint, layout, throughout, quantization.kv_cache_scheme, literal)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import typer
 
 from fourge.errors import InputError
 from fourge.planning.kv_cache import KvCacheDtype
+from fourge.recipe_file import read_recipe_file
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
 from fourge.recipes import RecipeName, resolve
 from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
@@ -52,16 +53,16 @@ class ModelSizes:
 class PlanReport:
     """What `fourge plan` found.
 
-    `gpus` has every known kind in the smallest number that holds the request, `asked` the GPU of `--gpu` or
-    `--gpu-memory` in the number asked for, or the smallest. `kernels` describes the kernels that occur in them.
-    `tensor_parallel_ranks` has the weights on a rank by size, `tensor_parallel_obstacles` says of the usual sizes
-    what hinders them. `quantizing` is None for a checkpoint
+    `scheme` names every one that occurs: `NVFP4`, `NVFP4 + FP8`. `gpus` has every known kind in the smallest number
+    that holds the request, `asked` the GPU of `--gpu` or `--gpu-memory` in the number asked for, or the smallest.
+    `kernels` describes the kernels that occur in them. `tensor_parallel_ranks` has the weights on a rank by size,
+    `tensor_parallel_obstacles` says of the usual sizes what hinders them. `quantizing` is None for a checkpoint
     that is quantized already.
     """
 
     model: str
     origin: str
-    scheme: Scheme
+    scheme: str
     sizes: ModelSizes
     kv_cache: "KvCache"
     tensor_parallel_sizes: tuple[int, ...]
@@ -82,6 +83,9 @@ def plan(
     scheme: Annotated[Scheme, typer.Option(help="NVFP4 is W4A4; NVFP4A16 quantizes weights only.")] = "NVFP4",
     kv_cache_scheme: Annotated[
         KvCacheScheme | None, typer.Option(help="fp8: with scales for a KV cache of one byte a value.")
+    ] = None,
+    recipe_file: Annotated[
+        Path | None, typer.Option(help="JSON or YAML: scheme, method or BF16 for modules by their names.")
     ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Modules to quantize [default: Linear].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave [default: lm_head].")] = None,
@@ -128,21 +132,25 @@ def plan(
     """
     import torch
 
-    from fourge.methods import find_method
     from fourge.planning.fit import Request, fit, smallest_fit
     from fourge.planning.hardware import GPUS, parse_gpu
     from fourge.planning.kv_cache import describe_kv_cache, resolve_kv_cache_dtype
     from fourge.planning.model import describe
     from fourge.planning.quantizing import estimate_quantizing
     from fourge.planning.tensor_parallel import first_obstacle, rank_bytes, working_sizes
+    from fourge.walk.choices import Selection
     from fourge.walk.device import resolve_backend, resolve_device
-    from fourge.walk.passes import validation_samples
+    from fourge.walk.passes import methods_named, validation_samples
 
     named = parse_gpu(gpu, gpu_memory, sm)
     count = _resolve_count(gpu, named, tensor_parallel_size)
     arithmetic = resolve_device(device, compute_dtype, threads)
+    calibration = calibration or ("text" if scheme == "NVFP4" else "none")
+    chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
+    rules = None if recipe_file is None else read_recipe_file(Path(recipe_file))
     targets, ignore = targets or ["Linear"], ["lm_head"] if ignore is None else ignore
-    facts, source = describe(model, revision, scheme, targets, ignore, kv_cache_scheme)
+    selection = Selection(tuple(targets), tuple(ignore), scheme, chosen.method, rules or ())
+    facts, source = describe(model, revision, selection, kv_cache_scheme)
     length = _resolve_length(facts, max_model_len)
     request = Request(length, concurrency, gpu_memory_utilization, resolve_kv_cache_dtype(facts, kv_cache_dtype))
     asked = None
@@ -152,8 +160,6 @@ def plan(
     cost = None
     if source is not None:
         torch.set_num_threads(arithmetic["threads"])
-        calibration = calibration or ("text" if scheme == "NVFP4" else "none")
-        chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
         settings = QuantizeSettings(
             model=model,
             revision=revision,
@@ -161,13 +167,14 @@ def plan(
             kv_cache_scheme=kv_cache_scheme,
             method=chosen.method,
             smooth=chosen.smooth,
+            recipe_file=rules,
             targets=tuple(targets),
             ignore=tuple(ignore),
             calibration=calibration,
             probe=None,
             num_calibration_samples=num_calibration_samples,
             num_validation_samples=validation_samples(
-                num_validation_samples, num_calibration_samples, chosen.smooth, find_method(chosen.method)
+                num_validation_samples, num_calibration_samples, chosen.smooth, methods_named(chosen.method, rules)
             ),
             num_probe_samples=num_probe_samples,
             max_seq_length=max_seq_length,
@@ -183,7 +190,7 @@ def plan(
     return PlanReport(
         model=model,
         origin=facts.origin,
-        scheme=facts.scheme,
+        scheme=facts.mixture,
         sizes=_sizes(facts),
         kv_cache=describe_kv_cache(facts),
         tensor_parallel_sizes=sizes,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fourge.progress import peak_resident_bytes
+from fourge.recipe_file import read_recipe_file
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
 from fourge.recipes import RecipeName, resolve
 from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
@@ -48,6 +49,9 @@ def quantize(
     smooth: Annotated[
         bool | None,
         typer.Option(help="Fold powers of two into norms, up_proj and v_proj where validation text gains by it."),
+    ] = None,
+    recipe_file: Annotated[
+        Path | None, typer.Option(help="JSON or YAML: scheme, method or BF16 for modules by their names.")
     ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Modules to quantize [default: Linear].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave [default: lm_head].")] = None,
@@ -93,9 +97,8 @@ def quantize(
     import torch
 
     from fourge.checkpoint.durable import disk_errors_named
-    from fourge.methods import find_method
     from fourge.walk.device import resolve_backend, resolve_device
-    from fourge.walk.passes import validation_samples
+    from fourge.walk.passes import methods_named, validation_samples
     from fourge.walk.resources import return_freed_layers
     from fourge.walk.run import QuantizeRun
 
@@ -104,6 +107,7 @@ def quantize(
     output = Path(output)  # a script may well give a string
     calibration = calibration or (DEFAULT_CALIBRATION if scheme == "NVFP4" else "none")
     chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
+    rules = None if recipe_file is None else read_recipe_file(Path(recipe_file))
     settings = QuantizeSettings(
         model=model,
         revision=revision,
@@ -111,13 +115,14 @@ def quantize(
         kv_cache_scheme=kv_cache_scheme,
         method=chosen.method,
         smooth=chosen.smooth,
+        recipe_file=rules,
         targets=tuple(targets or ["Linear"]),
         ignore=tuple(["lm_head"] if ignore is None else ignore),
         calibration=calibration,
         probe=probe,
         num_calibration_samples=num_calibration_samples,
         num_validation_samples=validation_samples(
-            num_validation_samples, num_calibration_samples, chosen.smooth, find_method(chosen.method)
+            num_validation_samples, num_calibration_samples, chosen.smooth, methods_named(chosen.method, rules)
         ),
         num_probe_samples=num_probe_samples,
         max_seq_length=max_seq_length,

@@ -1,10 +1,15 @@
 """What a run was asked to do, resolved once, and which of it a continued run may change."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Scheme = Literal["NVFP4", "NVFP4A16"]
+LinearScheme = Literal["NVFP4", "NVFP4A16", "FP8"]
+"""What a quantized Linear is stored in; FP8 by a recipe file alone."""
+RuleScheme = Literal["NVFP4", "NVFP4A16", "FP8", "BF16"]
+"""BF16 leaves a Linear as it is, whatever dtype the source has."""
 KvCacheScheme = Literal["fp8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Backend = Literal["auto", "torch", "numba"]
@@ -20,6 +25,18 @@ FREE_ON_CONTINUATION: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class Rule:
+    """One rule of a recipe file: Linears that match one of `targets` get `scheme` and `method`, as far as it has them.
+
+    Targets are in compressed-tensors' language: names, classes or `re:…`.
+    """
+
+    targets: tuple[str, ...]
+    scheme: RuleScheme | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
 class QuantizeSettings:
     """The resolved settings of `fourge quantize`; field names are the options' names."""
 
@@ -29,6 +46,8 @@ class QuantizeSettings:
     kv_cache_scheme: KvCacheScheme | None
     method: str
     smooth: bool
+    recipe_file: tuple[Rule, ...] | None
+    """The content, not the name: a continued run must share it."""
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     calibration: str
@@ -47,7 +66,8 @@ class QuantizeSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values (tuples become lists)."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
     def fingerprint(self) -> dict[str, Any]:
         """The part that a continued run must share, keyed by option name."""

@@ -75,8 +75,9 @@ def verify(
 ) -> VerifyReport:
     """Check a quantized checkpoint: its files, its numbers, and with --source and --deep what the model kept.
 
-    Works on what other tools wrote in NVFP4 or NVFP4A16 as well. A check that fails does not stop the others.
-    Raises InputError for what cannot be verified at all: no directory, no quantized checkpoint, a bad source.
+    Works on what other tools wrote in NVFP4, NVFP4A16 or a mixture with FP8 as well. A check that fails does not stop
+    the others. Raises InputError for what cannot be verified at all: no directory, no quantized checkpoint, a bad
+    source.
     """
     import torch
 
@@ -169,7 +170,7 @@ class _Verification:
         self.add([tensors, check_tensor_parallel(expected)])
         scalings, damage = recorded_scalings(manifest, self.output, expected)
         folded = None if self.source is None else FoldedSource.of(self.source, scalings)
-        moved = most_moved(manifest, self.output)
+        moved = most_moved(manifest, self.output, expected)
         self.add(Sweep(checkpoint, folded, expected, sound, damage, moved).run())
         walkable = all(self.checks[name].status == "passed" for name in _DEEP_NEEDS)
         if self.source is not None and self.options is not None and probe is not None and walkable:

@@ -165,7 +165,15 @@ def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 def rates_of(folder: Path, seconds: float = 0.05, **changes: Any) -> probe.Rates:
     settings = QuantizeSettings(
         **{"model": "m", "revision": None, "scheme": "NVFP4", "kv_cache_scheme": None, "method": "max"},
-        **{"smooth": False, "targets": (), "ignore": (), "calibration": "text", "probe": None, "seed": 0},
+        **{
+            "smooth": False,
+            "recipe_file": None,
+            "targets": (),
+            "ignore": (),
+            "calibration": "text",
+            "probe": None,
+            "seed": 0,
+        },
         **{"num_calibration_samples": 1, "num_validation_samples": 1, "num_probe_samples": 1, "max_seq_length": 16},
         **{"input_headroom": 2.0, "micro_batch_tokens": 32, "threads": 1},
         **{"compute_dtype": "float32", "device": "cpu", "backend": "torch"},

@@ -38,6 +38,6 @@ def plan(model: Path, **options: Any) -> PlanReport:
 def describe(model: Path, **options: Any) -> Any:
     """The facts that a plan of `model` starts from."""
     from fourge.planning import model as planning_model
+    from fourge.walk.choices import Selection
 
-    settings = {"scheme": "NVFP4", "targets": ["Linear"], "ignore": ["lm_head"]} | options
-    return planning_model.describe(str(model), None, **settings)[0]
+    return planning_model.describe(str(model), None, Selection(**options))[0]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fourge.checkpoint.compressed_tensors import with_quantization
+from fourge.checkpoint.compressed_tensors import quantization_config
 
 LLAMA_405B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -49,7 +49,7 @@ The card of the base model.
 
 def write_405b(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    write(folder / "config.json", with_quantization(LLAMA_405B, "NVFP4", ["lm_head"], None))
+    write(folder / "config.json", LLAMA_405B | {"quantization_config": quantization_config("NVFP4", ["lm_head"], None)})
     write(folder / "fourge.json", provenance())
     write(folder / ".fourge/evaluate/openllm-v1/evaluation.json", evaluation())
     (folder / "README.md").write_text(SOURCE_CARD)

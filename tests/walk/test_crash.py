@@ -43,6 +43,7 @@ class Zygote:
         method: str = "max",
         kv_cache_scheme: str | None = None,
         smooth: bool = False,
+        recipe_file: Path | None = None,
         **request: Any,
     ) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -50,7 +51,7 @@ class Zygote:
         samples = {} if method == "max" else {"num_calibration_samples": 12}
         options = OPTIONS | {"method": method, "kv_cache_scheme": kv_cache_scheme, "smooth": smooth} | samples
         # Fused loops would be loaded by every child anew.
-        options |= {"backend": "torch"}
+        options |= {"backend": "torch", "recipe_file": None if recipe_file is None else str(recipe_file)}
         request |= {"model": str(model), "output": str(output), "options": options}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -140,6 +141,23 @@ def test_every_method_continues_to_the_same_bytes(
     for point in range(20, operations, operations // 6):
         zygote.quantize(pico(), output, method, kill_before=point)
     assert zygote.quantize(pico(), output, method)["killed_by"] is None
+    require_same(output, reference)
+
+
+def test_a_mixture_continues_to_the_same_bytes(zygote: Zygote, pico: Callable[..., Path], tmp_path: Path) -> None:
+    """FP8, BF16 and two methods, smoothed: all that a recipe file decides is decided the same again."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "rules:\n- {targets: 're:.*down_proj', scheme: FP8}\n- {targets: 're:.*layers.1.*', method: gptq}\n"
+        "- {targets: model.layers.0.self_attn.o_proj, scheme: BF16}\n"
+    )
+    choices: dict[str, Any] = {"method": "search", "smooth": True, "recipe_file": recipe}
+    reference = tmp_path / "whole"
+    operations = zygote.quantize(pico(), reference, **choices)["operations"]
+    output = tmp_path / "killed"
+    for point in range(20, operations, operations // 6):
+        zygote.quantize(pico(), output, kill_before=point, **choices)
+    assert zygote.quantize(pico(), output, **choices)["killed_by"] is None
     require_same(output, reference)
 
 

@@ -1,5 +1,6 @@
 """Both lanes against transformers: its own forward, on the source and on the checkpoint that we wrote."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from fourge.checkpoint.compressed_tensors import KvScales, QuantizedLinear
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.source import locate
 from fourge.data.tokens import read_token_sets
+from fourge.nvfp4.fp8 import Fp8Weight, dequantize_rows
 from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight
+from fourge.recipe_file import read_recipe_file
+from fourge.settings import Rule
+from fourge.walk.choices import Selection
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.lanes import quantized_layer
 from fourge.walk.layer import LaneLayer, fill
@@ -60,11 +65,11 @@ def sequences() -> list[np.ndarray]:
 
 
 def walk_lane(
-    model: Path, folder: Path, dtype: torch.dtype, quantized: Path | None = None
+    model: Path, folder: Path, dtype: torch.dtype, quantized: Path | None = None, rules: tuple[Rule, ...] = ()
 ) -> dict[bytes, torch.Tensor]:
     """Logits `[length, vocabulary]` by the walk, keyed by the sequence's bytes; of `quantized` where it is given."""
     source = Checkpoint.open(locate(str(model)))
-    skeleton, layout = describe_model(source, ["Linear"], ["lm_head"], CPU)
+    skeleton, layout, _ = describe_model(source, Selection(rules=rules), CPU)
     streams = lay_out([("probe", "nvfp4" if quantized else "bf16", sequences())], micro_batch_tokens=48)
     walk = Walk(skeleton, source, streams, dtype, CPU)
     folder.mkdir()
@@ -104,16 +109,18 @@ def read_linears(checkpoint: Path, prefix: str) -> dict[str, QuantizedLinear]:
     stored: dict[str, dict[str, torch.Tensor]] = {}
     for shard in checkpoint.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():
-            if name.startswith(prefix) and not name.endswith((".weight", ".bias", ".k_scale", ".v_scale")):
+            if name.startswith(prefix):
                 linear, _, part = name.removeprefix(prefix).rpartition(".")
                 stored.setdefault(linear, {})[part] = tensor
-    return {
-        linear: QuantizedLinear(
-            QuantizedWeight(parts["weight_packed"], parts["weight_scale"], parts["weight_global_scale"]),
-            parts.get("input_global_scale"),
-        )
-        for linear, parts in stored.items()
-    }
+    return {linear: as_stored(parts) for linear, parts in stored.items() if "weight_scale" in parts}
+
+
+def as_stored(parts: dict[str, torch.Tensor]) -> QuantizedLinear:
+    """A Linear from its tensors: FP8 where they hold the weight under its own name."""
+    if "weight" in parts:
+        return QuantizedLinear(Fp8Weight(parts["weight"], parts["weight_scale"]), None)
+    weight = QuantizedWeight(parts["weight_packed"], parts["weight_scale"], parts["weight_global_scale"])
+    return QuantizedLinear(weight, parts.get("input_global_scale"))
 
 
 def read_kv_scales(checkpoint: Path, prefix: str) -> KvScales | None:
@@ -150,6 +157,9 @@ def load_quantized(checkpoint: Path) -> Any:
         prefix = f"model.layers.{layer}."
         for linear, ours in read_linears(checkpoint, prefix).items():
             module = model.get_submodule(prefix + linear)
+            if isinstance(ours.weight, Fp8Weight):  # in its scale's dtype, which is that asked for: nothing is lost
+                assert torch.equal(module.weight, dequantize_rows(ours.weight)), linear
+                continue
             exact = dequantize_weight(ours.weight)
             assert torch.equal(module.weight, exact.bfloat16()), linear
             module.weight.data = exact
@@ -186,6 +196,28 @@ def test_nvfp4_lane_is_transformers_with_compressed_tensors(
     ours_logits = walk_lane(model, tmp_path / "walk", torch.float32, output)
     for key, reference in expected.items():
         assert torch.equal(ours_logits[key], reference)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_the_lane_of_a_mixture_is_transformers_with_compressed_tensors(
+    name: str, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    """FP8, NVFP4, weight-only NVFP4 and BF16 side by side: to the bit, as above."""
+    architecture, changes = MODELS[name]
+    model, output, recipe = pico(architecture, **changes), tmp_path / "out", tmp_path / "recipe.json"
+    rules = [
+        {"targets": "re:.*layers.0.self_attn.[qkv]_proj", "scheme": "FP8"},
+        {"targets": "model.layers.0.mlp.down_proj", "scheme": "NVFP4A16"},
+        {"targets": "re:.*down_proj", "scheme": "FP8"},
+        {"targets": "model.layers.1.self_attn.o_proj", "scheme": "BF16"},
+    ]
+    recipe.write_text(json.dumps({"rules": rules}))
+    result = fourge.quantize(str(model), output, recipe_file=recipe, **SETS)
+    assert result.quantized_linears == 13
+    expected = transformers_logits(load_quantized(output))
+    ours = walk_lane(model, tmp_path / "walk", torch.float32, output, read_recipe_file(recipe))
+    for key, reference in expected.items():
+        assert torch.equal(ours[key], reference)
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])

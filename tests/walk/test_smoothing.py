@@ -14,6 +14,7 @@ import fourge
 import fourge.walk.smoothing
 from fourge.checkpoint.reader import Checkpoint
 from fourge.methods.smooth import MOST, Sample, Tie
+from fourge.walk.choices import Selection
 from fourge.walk.folding import (
     decode_exponents,
     encode_exponents,
@@ -55,7 +56,7 @@ def stored(directory: Path) -> dict[str, Tensor]:
 def folded_state(model: Path, exponents_of: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
     """The source's tensors, smoothed by `exponents_of(group, channels)` in every layer."""
     source = Checkpoint.open(model)
-    skeleton, layout = describe_model(source, ["Linear"], ["lm_head"], torch.device("cpu"))
+    skeleton, layout, _ = describe_model(source, Selection(), torch.device("cpu"))
     state = {name: source.read(name) for name in source.tensors}
     for layer in range(layout.num_layers):
         prefix = layout.architecture.layer_prefix(layer)

@@ -18,6 +18,7 @@ from fourge.planning.model import describe
 from fourge.progress import announced, format_bytes
 from fourge.serving.api import Delta
 from fourge.serving.templates import read_chat_template, reads_variable
+from fourge.walk.choices import Selection
 from fourge.walk.resources import available_memory
 
 _WORKING_BYTES = 1 << 30
@@ -149,7 +150,7 @@ def _locate(model: str, revision: str | None, device: torch.device) -> Path:
     """The model's directory, once it is known to fit; a hub model is not downloaded before."""
     local = Path(model).expanduser()
     if not local.exists():
-        facts, _ = describe(model, revision, "NVFP4", ["Linear"], ["lm_head"])
+        facts, _ = describe(model, revision, Selection())
         require_memory(model, 2 * facts.parameters, device)
     directory = locate(model, revision)
     checkpoint = Checkpoint.open(directory)

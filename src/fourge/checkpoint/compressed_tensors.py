@@ -5,16 +5,19 @@ on its version and the oldest reader in the field (0.17, pinned by vLLM 0.33) pa
 group are rejected there.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
+from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
-from fourge.settings import KvCacheScheme, Scheme
+from fourge.settings import KvCacheScheme, LinearScheme
 
 FORMAT = "nvfp4-pack-quantized"
+FP8_FORMAT = "float-quantized"
+MIXED_FORMAT = "mixed-precision"
 FORMAT_VERSION = "0.20.0"
 """The compressed-tensors release whose fields these are."""
 
@@ -24,9 +27,9 @@ COLUMNS_PER_RANK_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A Linear as it goes into the file; `input_global_scale` is FP32 `[1]`, None for weight-only."""
+    """A Linear as it goes into the file; `input_global_scale` is FP32 `[1]`, None for weight-only and for FP8."""
 
-    weight: QuantizedWeight
+    weight: QuantizedWeight | Fp8Weight
     input_global_scale: Tensor | None
 
 
@@ -38,28 +41,35 @@ class KvScales:
     v: Tensor
 
 
-def tensor_names(linear: str, scheme: Scheme) -> tuple[str, ...]:
-    """The tensors that replace `linear`.weight, in the order of `format.md`'s table."""
-    names = ["weight_packed", "weight_scale", "weight_global_scale"]
-    if scheme == "NVFP4":
-        names.append("input_global_scale")
-    return tuple(f"{linear}.{name}" for name in names)
+WEIGHT_PARTS: Mapping[LinearScheme, tuple[str, ...]] = {
+    "NVFP4": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "NVFP4A16": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "FP8": ("weight", "weight_scale"),
+}
+"""The tensors that hold a Linear's weight, without its name."""
 
 
-def tensor_specs(linear: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name → (safetensors dtype, shape) of those tensors for a weight of `shape` `[N, K]`."""
+def tensor_specs(
+    linear: str, shape: tuple[int, int], scheme: LinearScheme, dtype: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → (safetensors dtype, shape) of the tensors that stand for a weight of `shape` `[N, K]` and `dtype`."""
     rows, columns = shape
-    specs = {
-        "weight_packed": ("U8", (rows, columns // 2)),
-        "weight_scale": ("F8_E4M3", (rows, columns // GROUP_SIZE)),
-        "weight_global_scale": ("F32", (1,)),
-        "input_global_scale": ("F32", (1,)),
+    if scheme == "FP8":
+        return {f"{linear}.weight": ("F8_E4M3", shape), f"{linear}.weight_scale": (dtype, (rows, 1))}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{linear}.weight_packed": ("U8", (rows, columns // 2)),
+        f"{linear}.weight_scale": ("F8_E4M3", (rows, columns // GROUP_SIZE)),
+        f"{linear}.weight_global_scale": ("F32", (1,)),
     }
-    return {name: specs[name.rpartition(".")[2]] for name in tensor_names(linear, scheme)}
+    if scheme == "NVFP4":
+        specs[f"{linear}.input_global_scale"] = ("F32", (1,))
+    return specs
 
 
 def tensors(linear: str, quantized: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors to write for `linear`."""
+    if isinstance(quantized.weight, Fp8Weight):
+        return {f"{linear}.weight": quantized.weight.codes, f"{linear}.weight_scale": quantized.weight.scale}
     entries = {
         f"{linear}.weight_packed": quantized.weight.packed,
         f"{linear}.weight_scale": quantized.weight.scale,
@@ -104,18 +114,44 @@ def _arguments(**own: Any) -> dict[str, Any]:
     } | own
 
 
-def quantization_config(scheme: Scheme, ignore: Iterable[str], kv_cache_scheme: KvCacheScheme | None) -> dict[str, Any]:
-    """`quantization_config` for one group of Linears; `ignore` names every Linear that stays as it is."""
-    group: dict[str, Any] = {
-        "format": FORMAT,
-        "input_activations": _arguments(dynamic="local", observer="static_minmax") if scheme == "NVFP4" else None,
-        "output_activations": None,
-        "targets": ["Linear"],
-        "weights": _arguments(dynamic=False),
-    }
+def _fp8_arguments(**own: Any) -> dict[str, Any]:
+    return {"group_size": None, "num_bits": 8, "symmetric": True, "type": "float"} | own
+
+
+def _group(scheme: LinearScheme, targets: Sequence[str]) -> dict[str, Any]:
+    inputs: dict[str, Any] | None = None
+    if scheme == "FP8":
+        inputs = _fp8_arguments(dynamic=True, strategy="token")
+    elif scheme == "NVFP4":
+        inputs = _arguments(dynamic="local", observer="static_minmax")
     return {
-        "config_groups": {"group_0": group},
-        "format": FORMAT,
+        "format": FP8_FORMAT if scheme == "FP8" else FORMAT,
+        "input_activations": inputs,
+        "output_activations": None,
+        "targets": list(targets),
+        "weights": _fp8_arguments(dynamic=False, strategy="channel") if scheme == "FP8" else _arguments(dynamic=False),
+    }
+
+
+def one_format(formats: Iterable[Any]) -> Any:
+    """The `format` of a config whose groups have these: theirs, where they have one."""
+    first, *others = dict.fromkeys(formats)
+    return MIXED_FORMAT if others else first
+
+
+def quantization_config(
+    scheme: LinearScheme, ignore: Iterable[str], kv_cache_scheme: KvCacheScheme | None
+) -> dict[str, Any]:
+    """`quantization_config` for one group of Linears; `ignore` names every Linear that stays as it is."""
+    return _config([_group(scheme, ["Linear"])], ignore, kv_cache_scheme)
+
+
+def _config(
+    groups: Sequence[dict[str, Any]], ignore: Iterable[str], kv_cache_scheme: KvCacheScheme | None
+) -> dict[str, Any]:
+    return {
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "format": one_format(group["format"] for group in groups),
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "kv_cache_scheme": None if kv_cache_scheme is None else dict(KV_CACHE_FP8),
@@ -128,7 +164,21 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str], kv_cache_scheme: 
 
 
 def with_quantization(
-    config: Mapping[str, Any], scheme: Scheme, ignore: Iterable[str], kv_cache_scheme: KvCacheScheme | None
+    config: Mapping[str, Any],
+    schemes: Mapping[str, LinearScheme],
+    ignore: Iterable[str],
+    kv_cache_scheme: KvCacheScheme | None,
 ) -> dict[str, Any]:
-    """The source's `config.json` with `quantization_config` added and nothing else changed."""
-    return {**config, "quantization_config": quantization_config(scheme, ignore, kv_cache_scheme)}
+    """The source's `config.json` with `quantization_config` added and nothing else changed; `schemes` by Linear.
+
+    The groups of a mixture name every Linear: engines join q/k/v into one module, whose class they match before they
+    look at the names of its parts, so that a class among the targets would take Linears of the other group.
+    """
+    targets: dict[LinearScheme, list[str]] = {}
+    for linear, scheme in schemes.items():
+        targets.setdefault(scheme, []).append(linear)
+    if len(targets) == 1:
+        (only,) = targets
+        return {**config, "quantization_config": quantization_config(only, ignore, kv_cache_scheme)}
+    groups = [_group(scheme, targets[scheme]) for scheme in get_args(LinearScheme) if scheme in targets]
+    return {**config, "quantization_config": _config(groups, ignore, kv_cache_scheme)}

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 
 from fourge.checkpoint import compressed_tensors
 from fourge.checkpoint.architecture import Architecture, LinearGroup
 from fourge.checkpoint.header import TensorInfo
 from fourge.errors import InputError
 from fourge.nvfp4.quantize import GROUP_SIZE
-from fourge.settings import KvCacheScheme, Scheme
+from fourge.settings import KvCacheScheme, LinearScheme
 
 _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
 
@@ -17,17 +19,22 @@ _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
 class Layout:
     """A checkpoint cut into steps: the embedding, one decoder layer each, the final norm with the head.
 
-    `quantized` holds the full names of the Linears to quantize; `kept` those of every Linear that stays as it is
+    `schemes` has what every Linear that is quantized becomes, by full name; `kept` names those that stay as they are
     (`ignore` in the file); `steps` the source's tensor names by step; `dropped` names that no engine reads.
     """
 
     architecture: Architecture
     num_layers: int
     shapes: Mapping[str, tuple[int, ...]]
-    quantized: frozenset[str]
+    schemes: Mapping[str, LinearScheme]
     kept: tuple[str, ...]
     steps: tuple[tuple[str, ...], ...]
     dropped: tuple[str, ...]
+
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """Full names of the Linears that are quantized."""
+        return frozenset(self.schemes)
 
     @property
     def num_steps(self) -> int:
@@ -52,7 +59,6 @@ class Layout:
         self,
         step: int,
         sources: Mapping[str, TensorInfo],
-        scheme: Scheme,
         kv_cache_scheme: KvCacheScheme | None = None,
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → (safetensors dtype, shape) of every tensor in the output shard of `step`."""
@@ -61,7 +67,8 @@ class Layout:
             linear = name.removesuffix(".weight")
             if linear in self.quantized:
                 rows, columns = self.shapes[name]
-                specs |= compressed_tensors.tensor_specs(linear, (rows, columns), scheme)
+                scheme, dtype = self.schemes[linear], sources[name].dtype
+                specs |= compressed_tensors.tensor_specs(linear, (rows, columns), scheme, dtype)
             else:
                 specs[name] = (sources[name].dtype, sources[name].shape)
         if kv_cache_scheme is not None and 0 < step <= self.num_layers:
@@ -75,12 +82,12 @@ def plan_layout(
     expected: Mapping[str, tuple[int, ...]],
     sources: Mapping[str, TensorInfo],
     tied_head: bool,
-    selected: frozenset[str],
+    selected: Mapping[str, LinearScheme],
 ) -> Layout:
     """Holds the source's tensors against the model's and cuts them into steps.
 
-    `expected` are transformers' names and shapes for this config; `selected` the full names of the Linears that
-    `--targets` and `--ignore` leave to be quantized. Raises InputError for a tensor that is missing, not part of
+    `expected` are transformers' names and shapes for this config; `selected` has, by full name, what the Linears
+    that are quantized become. Raises InputError for a tensor that is missing, not part of
     the model or of another shape, for K not divisible by 16, for a fused group selected in part.
     """
     layout = source_layout(architecture, num_layers, expected, sources, tied_head, selected)
@@ -94,7 +101,7 @@ def source_layout(
     expected: Mapping[str, tuple[int, ...]],
     sources: Mapping[str, TensorInfo],
     tied_head: bool,
-    selected: frozenset[str] = frozenset(),
+    selected: Mapping[str, LinearScheme] = MappingProxyType({}),
 ) -> Layout:
     """`plan_layout` for a source that is read and not quantized: `selected` is taken as it is."""
     head = f"{architecture.head}.weight"
@@ -108,7 +115,7 @@ def cut_layout(
     architecture: Architecture,
     num_layers: int,
     wanted: Mapping[str, tuple[int, ...]],
-    selected: frozenset[str],
+    selected: Mapping[str, LinearScheme],
     dropped: tuple[str, ...] = (),
 ) -> Layout:
     """Cuts a model into steps; `wanted` are the shapes of its tensors as a source stores them, tied head left out."""
@@ -117,13 +124,14 @@ def cut_layout(
         architecture.layer_prefix(layer) + linear for layer in range(num_layers) for linear in architecture.linears
     ]
     kept = tuple(name for name in [*linears, architecture.head] if name not in selected)
+    in_order = {name: selected[name] for name in [*linears, architecture.head] if name in selected}
     steps = [tuple(name for name in wanted if name.startswith(architecture.embedding + "."))]
     for layer in range(num_layers):
         prefix = architecture.layer_prefix(layer)
         steps.append(tuple(name for name in wanted if name.startswith(prefix)))
     steps.append(tuple(name for name in wanted if name.startswith((architecture.final_norm + ".", head))))
     assert sum(map(len, steps)) == len(wanted), "a tensor belongs to no step"
-    return Layout(architecture, num_layers, wanted, selected, kept, tuple(steps), dropped)
+    return Layout(architecture, num_layers, wanted, in_order, kept, tuple(steps), dropped)
 
 
 def _check_names_and_shapes(wanted: Mapping[str, tuple[int, ...]], sources: Mapping[str, TensorInfo]) -> None:
@@ -142,7 +150,10 @@ def _check_names_and_shapes(wanted: Mapping[str, tuple[int, ...]], sources: Mapp
 
 
 def _check_selection(
-    architecture: Architecture, num_layers: int, shapes: Mapping[str, tuple[int, ...]], selected: frozenset[str]
+    architecture: Architecture,
+    num_layers: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    selected: Mapping[str, LinearScheme],
 ) -> None:
     if not selected:
         raise InputError("--targets and --ignore leave no Linear to quantize")
@@ -163,6 +174,6 @@ def _check_selection(
         if columns % GROUP_SIZE:
             suffix = linear.rpartition(".")[2]
             raise InputError(
-                f"{linear} has {columns} input columns, not a multiple of {GROUP_SIZE}: it cannot be NVFP4; "
-                f"leave it as it is with --ignore lm_head --ignore 're:.*{suffix}'"
+                f"{linear} has {columns} input columns, not a multiple of {GROUP_SIZE}: it cannot be "
+                f"{selected[linear]}; leave it as it is with --ignore lm_head --ignore 're:.*{suffix}'"
             )

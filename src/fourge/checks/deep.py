@@ -59,13 +59,13 @@ def walk_deep(
         skeleton.shapes,
         source.tensors,
         skeleton.tied_head,
-        expected.quantized,
+        expected.schemes,
     )
     streams = lay_out(
         [("probe", "bf16", probe.sequences), ("probe", "nvfp4", probe.sequences)], probe.micro_batch_tokens
     )
     walk = Walk(skeleton, source, streams, getattr(torch, options.compute_dtype), device)
-    quantized = QuantizedModel(checkpoint, layout, expected.scheme, expected.kv_cache_scheme)
+    quantized = QuantizedModel(checkpoint, layout, expected.kv_cache_scheme)
     return DeepWalk(walk, layout, quantized, probe.recorded).run()
 
 

@@ -6,14 +6,21 @@ are cut, so that checkpoints written by other tools are held to the same.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fourge.checkpoint.architecture import Architecture
 from fourge.checkpoint.compressed_tensors import kv_scale_specs, tensor_specs
 from fourge.checkpoint.reader import FLOAT_DTYPES
 from fourge.checks.config import Quantization
-from fourge.settings import KvCacheScheme, Scheme
+from fourge.settings import KvCacheScheme, LinearScheme
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+_OF_THE_MODEL = "the model's"
 
 
 @dataclass(frozen=True)
@@ -27,16 +34,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Expected:
-    """`quantized` holds the full names of the quantized Linears; `shapes` those of every source tensor."""
+    """`schemes` has what every quantized Linear is stored in, by full name; `modules` every Linear there is, on the
+    meta device; `shapes` are those of every source tensor."""
 
     architecture: Architecture
     config: Any
     """transformers' config, without `quantization_config`."""
-    scheme: Scheme
     kv_cache_scheme: KvCacheScheme | None
-    quantized: frozenset[str]
+    schemes: Mapping[str, LinearScheme]
+    modules: "Mapping[str, nn.Module]"
     shapes: Mapping[str, tuple[int, ...]]
     specs: Mapping[str, TensorSpec]
+
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """Full names of the quantized Linears."""
+        return frozenset(self.schemes)
 
     @property
     def num_layers(self) -> int:
@@ -84,25 +97,25 @@ def expect(directory: Path, architecture: Architecture, quantization: Quantizati
     """Reads `config.json`; InputError where transformers does not accept it."""
     import torch
 
-    from fourge.walk.selection import match_linears
+    from fourge.walk.selection import match_schemes
     from fourge.walk.skeleton import Skeleton, load_config
 
     config = load_config(directory)
     del config.quantization_config
     skeleton = Skeleton(config, architecture, torch.device("cpu"))
-    quantized = match_linears(skeleton.linears, quantization.targets, quantization.ignore)
+    schemes = match_schemes(skeleton.linears, quantization.groups, quantization.ignore)
     specs: dict[str, TensorSpec] = {}
     for name, shape in skeleton.shapes.items():
         linear = name.removesuffix(".weight")
-        if linear in quantized:
+        if linear in schemes:
             rows, columns = shape
-            for stored, (dtype, size) in tensor_specs(linear, (rows, columns), quantization.scheme).items():
-                specs[stored] = TensorSpec((dtype,), size)
+            for stored, (dtype, size) in tensor_specs(linear, (rows, columns), schemes[linear], _OF_THE_MODEL).items():
+                specs[stored] = TensorSpec(FLOAT_DTYPES if dtype == _OF_THE_MODEL else (dtype,), size)
         else:
             tied = skeleton.tied_head and linear == architecture.head
             specs[name] = TensorSpec(FLOAT_DTYPES, shape, optional=tied)
     expected = Expected(
-        architecture, config, quantization.scheme, quantization.kv_cache_scheme, quantized, skeleton.shapes, specs
+        architecture, config, quantization.kv_cache_scheme, schemes, skeleton.linears, skeleton.shapes, specs
     )
     for layer in range(expected.num_layers):
         # llm-compressor stores them in the model's dtype.

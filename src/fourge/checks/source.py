@@ -1,20 +1,23 @@
 """The quantized directory beside its source: what must be the same, and how far the rest may be off."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fourge.checkpoint.compressed_tensors import WEIGHT_PARTS
 from fourge.checkpoint.folder import CARD, PROVENANCE, has_own_card
 from fourge.checkpoint.header import parse_object
 from fourge.checkpoint.reader import Checkpoint, require_finite
 from fourge.checks.expected import Expected
 from fourge.checks.report import Check, conclude, count
 from fourge.errors import InputError
-from fourge.methods import METHODS
 from fourge.methods.tuned import MOST_MOVED
+from fourge.nvfp4.fp8 import Fp8Weight, quantize_rows, squared_row_errors
 from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight, squared_errors
+from fourge.settings import LinearScheme, Rule
+from fourge.walk.choices import Selection
 from fourge.walk.job import Manifest
 from fourge.walk.weight_error import RelativeError, row_blocks
 
@@ -76,14 +79,20 @@ def unquantized_failures(checkpoint: Checkpoint, source: Checkpoint, expected: E
 
 
 def measure_group(
-    checkpoint: Checkpoint, source: Checkpoint, group: Collection[str]
+    checkpoint: Checkpoint, source: Checkpoint, group: Collection[str], schemes: Mapping[str, LinearScheme]
 ) -> Iterator[tuple[str, float, float]]:
     """Per Linear of a group that shares its global scale: its name, its relative error, the max method's.
+
+    Of those that `schemes` has in FP8, where nothing is shared, a row at a time.
 
     Both are ‖Ŵ − W‖ / ‖W‖ against the source's weight: of what is stored, and of what max calibration, computed
     here, would have stored. Blocks of rows are read, the source's twice: for the global scale, then for the
     errors. Raises InputError where the source has NaN or Inf.
     """
+    for linear in group:
+        if schemes[linear] == "FP8":
+            yield linear, *_measure_rows(checkpoint, source, linear)
+    group = [linear for linear in group if schemes[linear] != "FP8"]
     largest = torch.zeros(())
     for linear in group:
         info = source.tensors[f"{linear}.weight"]
@@ -108,6 +117,19 @@ def measure_group(
         yield linear, stored.value, reference.value
 
 
+def _measure_rows(checkpoint: Checkpoint, source: Checkpoint, linear: str) -> tuple[float, float]:
+    """`measure_group` for one Linear in FP8."""
+    stored, reference = RelativeError(), RelativeError()
+    info = source.tensors[f"{linear}.weight"]
+    for rows in row_blocks(info.shape):
+        weight = source.read(info.name, rows)
+        require_finite(weight, info, rows.start)
+        codes, scale = (checkpoint.read(f"{linear}.{part}", rows) for part in WEIGHT_PARTS["FP8"])
+        stored.add(*squared_row_errors(weight, Fp8Weight(codes, scale)))
+        reference.add(*squared_row_errors(weight, quantize_rows(weight)))
+    return stored.value, reference.value
+
+
 def allowed_error(reference: float, moved: float = 0.0) -> float:
     """The largest relative error of a Linear that passes, given the max method's on the same weight.
 
@@ -122,15 +144,26 @@ def allowed_error(reference: float, moved: float = 0.0) -> float:
     return _ERROR_RATIO * reference + _ERROR_SLACK + moved
 
 
-def most_moved(manifest: Manifest | None, directory: Path) -> float:
-    """How far the recorded method may move weights, ‖W* − W‖ / ‖W‖: 0 without a record. `fourge.json` has it too."""
+def most_moved(manifest: Manifest | None, directory: Path, expected: Expected) -> dict[str, float]:
+    """How far the recorded methods may move weights, ‖W* − W‖ / ‖W‖, by Linear: none without a record, none in FP8.
+
+    `fourge.json` has the record too. One that cannot be read allows nothing; the check of the record itself says so.
+    """
+    if manifest is None and not (directory / PROVENANCE).exists():
+        return {}
+    try:
+        choices = _recorded_selection(manifest, directory).resolve(
+            expected.modules, expected.architecture, expected.num_layers
+        )
+    except (InputError, KeyError, TypeError):
+        return {}
+    return {name: MOST_MOVED for name, method in choices.methods.items() if method.compensates}
+
+
+def _recorded_selection(manifest: Manifest | None, directory: Path) -> Selection:
+    """What the settings say; InputError, KeyError or TypeError where they do not."""
     path = directory / PROVENANCE
-    if manifest is not None:
-        method = manifest.settings.get("method")
-    else:
-        try:
-            settings = parse_object(path.read_bytes(), str(path)).get("settings") if path.exists() else None
-        except InputError:
-            return 0.0  # a record that cannot be read allows nothing; the check of the record itself says so
-        method = settings.get("method") if isinstance(settings, dict) else None
-    return MOST_MOVED if isinstance(method, str) and method in METHODS and METHODS[method].compensates else 0.0
+    settings = manifest.settings if manifest is not None else parse_object(path.read_bytes(), str(path))["settings"]
+    targets, ignore = tuple(settings["targets"]), tuple(settings["ignore"])
+    rules = [Rule(tuple(rule["targets"]), rule["scheme"], rule["method"]) for rule in settings.get("recipe_file") or ()]
+    return Selection(targets, ignore, settings["scheme"], settings["method"], tuple(rules))

@@ -26,7 +26,9 @@ def check_tensors(checkpoint: Checkpoint, expected: Expected) -> tuple[Check, fr
     if not expected.quantized:
         failures.append("targets and ignore of quantization_config leave no Linear that is quantized")
     misfits = [linear for linear in sorted(expected.quantized) if expected.shapes[f"{linear}.weight"][1] % GROUP_SIZE]
-    failures += [f"{linear} has K not a multiple of {GROUP_SIZE}, which is not NVFP4" for linear in misfits]
+    failures += [
+        f"{linear} has K not a multiple of {GROUP_SIZE}, which is not {expected.schemes[linear]}" for linear in misfits
+    ]
     for name, spec in expected.specs.items():
         info = checkpoint.tensors.get(name)
         if info is None:
@@ -77,5 +79,5 @@ def _obstacles(expected: Expected, size: int) -> Iterator[str]:
             yield f"{linear} has {cut} {'input columns' if by_columns else 'rows'}, not a multiple of {size}"
             continue
         per_rank = columns // size if by_columns else columns
-        if linear in expected.quantized and per_rank % COLUMNS_PER_RANK_MULTIPLE:
+        if expected.schemes.get(linear, "FP8") != "FP8" and per_rank % COLUMNS_PER_RANK_MULTIPLE:
             yield (f"{linear} has {per_rank} input columns per rank, not a multiple of {COLUMNS_PER_RANK_MULTIPLE}")

@@ -1,8 +1,9 @@
 """One pass over the tensors, layer by layer: every check that looks at values, from one reading of the files."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fourge.checkpoint.compressed_tensors import WEIGHT_PARTS
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checks.expected import Expected
 from fourge.checks.folded import FoldedSource
@@ -34,7 +35,7 @@ class Sweep:
     """The pass over `checkpoint`, beside `source` where there is one. `damage` is wrong with how the source is read.
 
     `sound` names the tensors that are there with the right dtype and shape; the others were reported by
-    `check_tensors` and are passed over. `moved` is how far the method may have moved weights.
+    `check_tensors` and are passed over. `moved` is how far the method may have moved which Linears' weights.
     """
 
     checkpoint: Checkpoint
@@ -42,7 +43,7 @@ class Sweep:
     expected: Expected
     sound: Collection[str]
     damage: Sequence[str] = ()
-    moved: float = 0.0
+    moved: Mapping[str, float] = field(default_factory=dict)
 
     def run(self) -> list[Check]:
         """The checks `scales` and `fused_groups`; with a source also `unquantized` and `dequantized`."""
@@ -64,14 +65,14 @@ class Sweep:
         for group in groups:
             before = self._bytes_read
             for linear in group:
-                found.scales += scale_failures(self.checkpoint, linear, self.sound)
+                found.scales += scale_failures(self.checkpoint, linear, self.expected.schemes[linear], self.sound)
             if self.source is not None:
                 self._measure(self.source, group, found)
             progress.advance(len(group) / len(names), read=self._bytes_read - before)
         if self.source is None:
             return
         for name in names:
-            if name in self.sound and name in self.expected.shapes:
+            if self._is_kept(name):
                 before = self._bytes_read
                 found.unquantized += unquantized_failures(self.checkpoint, self.source, self.expected, name)
                 found.compared += 1
@@ -87,14 +88,20 @@ class Sweep:
             elif there.shape != self.expected.shapes[name]:
                 expected = list(self.expected.shapes[name])
                 found.dequantized.append(f"{name} has shape {list(there.shape)} in the source, {expected} here")
-            elif all(f"{linear}.{part}" in self.sound for part in _WEIGHT_PARTS):
+            elif all(f"{linear}.{part}" in self.sound for part in WEIGHT_PARTS[self.expected.schemes[linear]]):
                 comparable.append(linear)
-        for linear, error, reference in measure_group(self.checkpoint, source, comparable):
+        for linear, error, reference in measure_group(self.checkpoint, source, comparable, self.expected.schemes):
             found.errors[linear] = (error, reference)
-            if not error <= allowed_error(reference, self.moved):  # a NaN fails too
+            if not error <= allowed_error(reference, self.moved.get(linear, 0.0)):  # a NaN fails too
+                stored = WEIGHT_PARTS[self.expected.schemes[linear]][0]
                 found.dequantized.append(
-                    f"{linear}.weight_packed: relative error {error:.4f}, where max calibration gives {reference:.4f}"
+                    f"{linear}.{stored}: relative error {error:.4f}, where max calibration gives {reference:.4f}"
                 )
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether a tensor is there and one of the source's; a weight in FP8 goes by the source's name."""
+        quantized = name.removesuffix(".weight") in self.expected.quantized
+        return name in self.sound and name in self.expected.shapes and not quantized
 
     @property
     def _bytes_read(self) -> int:
@@ -122,9 +129,6 @@ class Sweep:
         layers = range(self.expected.num_layers)
         fused = sum(len(group) > 1 for layer in layers for group in self.expected.quantized_groups(layer))
         return count(fused, "fused group")
-
-
-_WEIGHT_PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 def _errors_text(errors: dict[str, tuple[float, float]]) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checks.expected import Expected
+from fourge.settings import LinearScheme
 
 _LARGEST_POSITIVE = 0x7E
 """E4M3 bytes 0x01 to 0x7E are its positive finite values; above lie NaN, then everything negative."""
@@ -14,10 +15,18 @@ _LARGEST_POSITIVE = 0x7E
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 
 
-def scale_failures(checkpoint: Checkpoint, linear: str, sound: Collection[str]) -> Iterator[str]:
-    """What is wrong with the scales of `linear`: each must be finite and above zero. Others than `sound` are left."""
-    if f"{linear}.weight_scale" in sound:
-        yield from _group_scale_failures(checkpoint, f"{linear}.weight_scale")
+def scale_failures(checkpoint: Checkpoint, linear: str, scheme: LinearScheme, sound: Collection[str]) -> Iterator[str]:
+    """What is wrong with the scales of `linear`: each must be finite and above zero. Others than `sound` are left.
+
+    In FP8, whose codes can be NaN themselves, they must not be.
+    """
+    scale = f"{linear}.weight_scale"
+    if scheme == "FP8":
+        yield from _row_scale_failures(checkpoint, scale) if scale in sound else ()
+        yield from _nan_failures(checkpoint, f"{linear}.weight") if f"{linear}.weight" in sound else ()
+        return
+    if scale in sound:
+        yield from _group_scale_failures(checkpoint, scale)
     yield from scalar_failures(checkpoint, (f"{linear}.{suffix}" for suffix in GLOBAL_SCALES), sound)
 
 
@@ -47,8 +56,25 @@ def _group_scale_failures(checkpoint: Checkpoint, name: str) -> Iterator[str]:
         yield f"{name}{index} is {value}, must be finite and above 0 ({bad:,} of {seen:,} scales are not)"
 
 
+def _row_scale_failures(checkpoint: Checkpoint, name: str) -> Iterator[str]:
+    scale = checkpoint.read(name).float()
+    wrong = ~(scale.isfinite() & (scale > 0))
+    if wrong.any():
+        row = int(wrong.flatten().int().argmax())
+        value, count = float(scale[row]), int(wrong.sum())
+        yield f"{name}[{row}] is {value}, must be finite and above 0 ({count:,} of {len(scale):,} scales are not)"
+
+
+def _nan_failures(checkpoint: Checkpoint, name: str) -> Iterator[str]:
+    bad = 0
+    for chunk in checkpoint.chunks(name):
+        bad += int(np.count_nonzero((np.frombuffer(chunk, dtype=np.uint8) & 0x7F) == 0x7F))
+    if bad:
+        yield f"{name} has {bad:,} codes that are NaN"
+
+
 def fused_failures(checkpoint: Checkpoint, expected: Expected, layer: int, sound: Collection[str]) -> Iterator[str]:
-    """Fused groups of a layer that are quantized in part, or whose members differ in a global scale.
+    """Fused groups of a layer that are quantized in part, in two schemes, or whose members differ in a global scale.
 
     Engines load a group as one matrix and take the larger divisor for all of it, so a member with another one
     comes out wrong by the ratio. Compared byte for byte.
@@ -60,6 +86,10 @@ def fused_failures(checkpoint: Checkpoint, expected: Expected, layer: int, sound
         if quantized and len(quantized) < len(members):
             left = next(linear for linear in members if linear not in expected.quantized)
             yield f"{prefix}{group.name}: engines load it as one matrix, but {left} is not quantized"
+        unlike = [linear for linear in quantized if expected.schemes[linear] != expected.schemes[quantized[0]]]
+        if unlike:
+            found = " and ".join(f"{linear} is {expected.schemes[linear]}" for linear in (quantized[0], unlike[0]))
+            yield f"{prefix}{group.name}: engines load it as one matrix, but {found}"
         for suffix in GLOBAL_SCALES:
             stored = {
                 linear: checkpoint.read(f"{linear}.{suffix}") for linear in quantized if f"{linear}.{suffix}" in sound

@@ -18,6 +18,7 @@ import transformers
 from fourge._version import __version__
 from fourge.checkpoint.durable import disk_errors_named
 from fourge.evaluation.budget import choose_micro_batch, must_walk_alone, require_room, row_cost
+from fourge.evaluation.engine_choice import name_numerics
 from fourge.evaluation.lanes import ScoringLane, open_lanes
 from fourge.evaluation.prompting import load_tokenizer
 from fourge.evaluation.requests import GenerateRequest, Results, Role, RunLmEval, ScoreRequest
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from fourge.evaluation.draft_server import DraftServer
     from fourge.evaluation.walk_generation import GeneratedText, GenerationOutcome
     from fourge.evaluation.walk_lm import Prompting, Recorder
-
-_NUMERICS = {"NVFP4": "W4A4 emulated", "NVFP4A16": "W4A16 emulated"}
 
 Scores = dict[bytes, tuple[float, bool]]
 """Log-likelihood in nats and greedy flag by a request's key."""
@@ -103,7 +102,7 @@ class WalkEngine:
     def numerics(self) -> str:
         """How the quantized model is computed; the empty string where the baseline is alone."""
         model = self.lanes[-1].quantized
-        return "" if model is None else _NUMERICS[model.scheme]
+        return "" if model is None else name_numerics(model.layout.schemes.values())
 
     @property
     def max_length(self) -> int:

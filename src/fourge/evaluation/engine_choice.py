@@ -3,18 +3,21 @@
 A server of the quantized model alone, beside a baseline, drafts for the walk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fourge.checkpoint.reader import Checkpoint
+from fourge.checks.config import check_config
 from fourge.errors import InputError
 from fourge.evaluation.lm_eval_run import Engine
+from fourge.settings import LinearScheme
 
 if TYPE_CHECKING:
     from fourge.evaluation.requests import Role
 
 EngineOption = Literal["auto", "walk", "hf", "vllm"]
+_NUMERICS: Mapping[LinearScheme, str] = {"NVFP4": "W4A4", "NVFP4A16": "W4A16", "FP8": "W8A8"}
 _ROOM = 1.4
 """Memory that a model is given over its weights: activations, logits of a batch, a cache while it generates."""
 
@@ -64,6 +67,12 @@ def emulated_numerics(quantized: Path | None) -> str:
     """What an engine that follows the checkpoint's config computes: activations in FP4 too, or weights alone."""
     if quantized is None:
         return ""
-    config: Mapping[str, Any] = Checkpoint.open(quantized).config["quantization_config"]
-    groups = config["config_groups"].values()
-    return "W4A4 emulated" if any(group.get("input_activations") for group in groups) else "W4A16 emulated"
+    check, quantization = check_config(Checkpoint.open(quantized).config)
+    if quantization is None:
+        raise InputError(f"{quantized}: {check.failures[0]}; `fourge verify {quantized}` says all that is wrong")
+    return name_numerics(scheme for scheme, _ in quantization.groups)
+
+
+def name_numerics(schemes: Iterable[LinearScheme]) -> str:
+    """`W4A4 emulated`, and of a mixture `W4A4 + W8A8 emulated`."""
+    return " + ".join(_NUMERICS[scheme] for scheme in sorted(set(schemes), key=list(_NUMERICS).index)) + " emulated"

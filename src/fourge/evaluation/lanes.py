@@ -106,8 +106,8 @@ def _open_quantized(directory: Path, dtype: torch.dtype, device: torch.device) -
     skeleton = Skeleton(expected.config, expected.architecture, device)
     head = f"{expected.architecture.head}.weight"
     shapes = {name: shape for name, shape in expected.shapes.items() if not (expected.tied_head and name == head)}
-    layout = cut_layout(expected.architecture, expected.num_layers, shapes, expected.quantized)
-    model = QuantizedModel(checkpoint, layout, expected.scheme, expected.kv_cache_scheme)
+    layout = cut_layout(expected.architecture, expected.num_layers, shapes, expected.schemes)
+    model = QuantizedModel(checkpoint, layout, expected.kv_cache_scheme)
     return ScoringLane("nvfp4", Walk(skeleton, checkpoint, (), dtype, device), layout, model)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fourge.methods.observe import InputStatistics
+from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
 
 
@@ -23,10 +24,10 @@ class Method(Protocol):
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
-    ) -> dict[str, QuantizedWeight]:
+    ) -> Mapping[str, QuantizedWeight | Fp8Weight]:
         """`weights`: name → `[N, K]` in the source's dtype; `statistics`: the shared input's, None without data.
 
-        All members get one global scale. Anything out of the ordinary (a fallback, a degenerate input) is
+        In NVFP4 all members get one global scale. Anything out of the ordinary (a fallback, a degenerate input) is
         appended to `events`.
         """
         ...

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 from fourge.checkpoint.architecture import Architecture
-from fourge.settings import KvCacheScheme, Scheme
+from fourge.settings import KvCacheScheme, LinearScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """`shapes` are the model's own tensors, a tied head counted once; `quantized` full names of Linears.
+    """`shapes` are the model's own tensors, a tied head counted once; `schemes` what quantized Linears are stored in,
+    by full name.
 
     `source` is None for a checkpoint that is quantized already. `origin` says what was read.
     """
@@ -38,7 +40,6 @@ class ModelFacts:
     name: str
     origin: Literal["config.json alone", "headers"]
     architecture: Architecture
-    scheme: Scheme
     kv_cache_scheme: KvCacheScheme | None
     num_layers: int
     hidden_size: int
@@ -50,12 +51,27 @@ class ModelFacts:
     max_position_embeddings: int
     tied_head: bool
     shapes: Mapping[str, tuple[int, ...]]
-    quantized: frozenset[str]
+    schemes: Mapping[str, LinearScheme]
     source: Mapping[str, Stored] | None
     output: Mapping[str, Stored]
     num_shards: int
     shard_bytes: int
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """Full names of the quantized Linears."""
+        return frozenset(self.schemes)
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the Linears in FP4 need of a kernel."""
+        return "NVFP4" if "NVFP4" in self.schemes.values() else "NVFP4A16"
+
+    @property
+    def mixture(self) -> str:
+        """All that there is: `NVFP4`, or `NVFP4 + FP8`."""
+        return " + ".join(scheme for scheme in get_args(LinearScheme) if scheme in self.schemes.values())
 
     @property
     def parameters(self) -> int:

@@ -4,7 +4,6 @@ Shapes come from transformers' model on the meta device, so a config is enough; 
 headers are held against it. No tensor is ever read, and of a model on the hub nothing but its config is fetched.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,8 +21,9 @@ from fourge.checkpoint.writer import Specs, safetensors_size
 from fourge.checks.config import Quantization, check_config
 from fourge.errors import InputError
 from fourge.planning.facts import ModelFacts, Stored
-from fourge.settings import KvCacheScheme, Scheme
-from fourge.walk.selection import match_linears, select_linears
+from fourge.settings import KvCacheScheme
+from fourge.walk.choices import Choices, Selection
+from fourge.walk.selection import match_schemes
 from fourge.walk.skeleton import Skeleton
 
 _REQUIRED = (
@@ -41,6 +41,7 @@ class SourceLayout:
 
     checkpoint: Checkpoint
     layout: Layout
+    choices: Choices
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,12 @@ class _Found:
 def describe(
     model: str,
     revision: str | None,
-    scheme: Scheme,
-    targets: Sequence[str],
-    ignore: Sequence[str],
+    selection: Selection,
     kv_cache_scheme: KvCacheScheme | None = None,
 ) -> tuple[ModelFacts, SourceLayout | None]:
     """The facts of `model`: a directory, a `config.json` under any name, or a hub id.
 
-    For a source, `scheme` and what follows it say what its quantized form is; an NVFP4 checkpoint is taken as
+    For a source, `selection` and `kv_cache_scheme` say what its quantized form is; an NVFP4 checkpoint is taken as
     it is, and the second value is None. Raises InputError for a config that lacks fields, is of an unknown
     architecture or disagrees with the headers, and for checkpoints quantized in another way.
     """
@@ -74,7 +73,7 @@ def describe(
     skeleton = Skeleton(config, architecture, torch.device("cpu"))
     if found.raw.get("quantization_config") is not None:
         return _describe_quantized(found, skeleton, _read_quantization(found)), None
-    return _describe_source(found, skeleton, scheme, targets, ignore, kv_cache_scheme)
+    return _describe_source(found, skeleton, selection, kv_cache_scheme)
 
 
 def _find(model: str, revision: str | None) -> _Found:
@@ -151,9 +150,7 @@ def _parse_config(found: _Found) -> Any:
 def _describe_source(
     found: _Found,
     skeleton: Skeleton,
-    scheme: Scheme,
-    targets: Sequence[str],
-    ignore: Sequence[str],
+    selection: Selection,
     kv_cache_scheme: KvCacheScheme | None,
 ) -> tuple[ModelFacts, SourceLayout]:
     notes = list(_notes(found, skeleton))
@@ -163,24 +160,22 @@ def _describe_source(
         checkpoint = found.checkpoint
     else:
         checkpoint = _imagine_checkpoint(found, skeleton, _source_dtype(found, notes))
+    choices = selection.resolve(skeleton.linears, skeleton.architecture, skeleton.num_layers)
     layout = plan_layout(
         skeleton.architecture,
         skeleton.num_layers,
         skeleton.shapes,
         checkpoint.tensors,
         skeleton.tied_head,
-        select_linears(skeleton.linears, targets, ignore),
+        choices.schemes,
     )
-    shards = [
-        layout.output_specs(step, checkpoint.tensors, scheme, kv_cache_scheme) for step in range(layout.num_steps)
-    ]
+    shards = [layout.output_specs(step, checkpoint.tensors, kv_cache_scheme) for step in range(layout.num_steps)]
     facts = _facts(
         found,
         skeleton,
-        scheme=scheme,
         kv_cache_scheme=kv_cache_scheme,
         shapes=layout.shapes,
-        quantized=layout.quantized,
+        schemes=layout.schemes,
         source={
             name: Stored(checkpoint.tensors[name].dtype, shape, checkpoint.tensors[name].nbytes)
             for name, shape in layout.shapes.items()
@@ -190,7 +185,7 @@ def _describe_source(
         shard_bytes=sum(map(safetensors_size, shards)),
         notes=tuple(notes),
     )
-    return facts, SourceLayout(checkpoint, layout)
+    return facts, SourceLayout(checkpoint, layout, choices)
 
 
 def _source_dtype(found: _Found, notes: list[str]) -> str:
@@ -226,7 +221,7 @@ def _read_quantization(found: _Found) -> Quantization:
 def _describe_quantized(found: _Found, skeleton: Skeleton, quantization: Quantization) -> ModelFacts:
     head = f"{skeleton.architecture.head}.weight"
     shapes = {name: shape for name, shape in skeleton.shapes.items() if not (skeleton.tied_head and name == head)}
-    quantized = match_linears(skeleton.linears, quantization.targets, quantization.ignore)
+    schemes = match_schemes(skeleton.linears, quantization.groups, quantization.ignore)
     notes = list(_notes(found, skeleton))
     if found.checkpoint is not None:
         output = {n: Stored(info.dtype, info.shape, info.nbytes) for n, info in found.checkpoint.tensors.items()}
@@ -237,8 +232,10 @@ def _describe_quantized(found: _Found, skeleton: Skeleton, quantization: Quantiz
         specs: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, shape in shapes.items():
             linear = name.removesuffix(".weight")
-            stored = tensor_specs(linear, (shape[0], shape[-1]), quantization.scheme)
-            specs |= stored if linear in quantized else {name: (dtype, shape)}
+            if linear in schemes:
+                specs |= tensor_specs(linear, (shape[0], shape[-1]), schemes[linear], dtype)
+            else:
+                specs[name] = (dtype, shape)
         if quantization.kv_cache_scheme is not None:
             for layer in range(skeleton.num_layers):
                 architecture = skeleton.architecture
@@ -248,10 +245,9 @@ def _describe_quantized(found: _Found, skeleton: Skeleton, quantization: Quantiz
     return _facts(
         found,
         skeleton,
-        scheme=quantization.scheme,
         kv_cache_scheme=quantization.kv_cache_scheme,
         shapes=shapes,
-        quantized=quantized,
+        schemes=schemes,
         source=None,
         output=output,
         num_shards=num_shards,

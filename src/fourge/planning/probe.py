@@ -26,8 +26,7 @@ from fourge.methods.observe import InputStatistics
 from fourge.methods.smooth import Rounding, Sample, Tie, choose, output_error
 from fourge.nvfp4.quantize import QuantizedWeight, global_scale
 from fourge.settings import QuantizeSettings
-from fourge.walk.linear import InputSite, LaneLinear
-from fourge.walk.passes import needs_calibration
+from fourge.walk.linear import InputSite, LaneLinear, to_nvfp4
 from fourge.walk.smoothing import SAMPLED
 from fourge.walk.weight_error import relative_weight_error
 
@@ -100,7 +99,7 @@ def _quantizing(square: Tensor, settings: QuantizeSettings, method: Method) -> C
     """What the walk does with a weight, given what calibration saw of an input."""
     info = TensorInfo("square", "BF16", tuple(square.shape), Path(), 0, square.nbytes)
     statistics = None
-    if needs_calibration(settings, method) and settings.calibration != "none":
+    if settings.calibration != "none":
         statistics = InputStatistics(weigh_channels=method.weighs_channels)
         statistics.observe(square)
         if method.needs_hessian:
@@ -145,7 +144,7 @@ def _linears(square: Tensor) -> tuple[LaneLinear, LaneLinear]:
     """A Linear `[4K, K]` of each lane."""
     one = Max().quantize_group({"square": square}, None, [])["square"]
     quantized = QuantizedWeight(one.packed.repeat(4, 1), one.scale.repeat(4, 1), one.global_scale)
-    site = InputSite(global_scale=global_scale(torch.tensor(4.0, device=square.device)).reshape(1))
+    site = InputSite(to_nvfp4(global_scale(torch.tensor(4.0, device=square.device)).reshape(1)))
     return LaneLinear(square.repeat(4, 1), None, InputSite()), LaneLinear(quantized, None, site)
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from fourge.methods import find_method
+from fourge.methods.base import Method
 from fourge.planning.facts import ModelFacts, largest_layer_bytes, part_of
 from fourge.planning.model import SourceLayout
 from fourge.planning.probe import Rates, measure_rates
 from fourge.planning.work import Tokens, Work, count_work
 from fourge.progress import announced
 from fourge.settings import QuantizeSettings
+from fourge.walk.choices import Choices
 from fourge.walk.hidden import HiddenLayout
 from fourge.walk.passes import require_data
 from fourge.walk.resources import available_memory, estimate_needs
@@ -76,19 +77,19 @@ def estimate_quantizing(
 
     Raises InputError for a method that is not known or cannot do without data.
     """
-    method = find_method(settings.method)
-    require_data(settings, method)
+    choices = source.choices
+    require_data(settings, choices)
     device, dtype = torch.device(settings.device), getattr(torch, settings.compute_dtype)
-    tokens = Tokens.of(settings, method)
+    tokens = Tokens.of(settings, choices)
     hidden = HiddenLayout(tokens.rows, facts.hidden_size, dtype)
-    needs = estimate_needs(source.layout, source.checkpoint, settings, method, hidden, tokens.longest_batch)
-    work = count_work(facts, settings, method, tokens, hidden, needs.output)
+    needs = estimate_needs(source.layout, source.checkpoint, settings, choices, hidden, tokens.longest_batch)
+    work = count_work(facts, settings, choices, tokens, hidden, needs.output)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     on_gpu = device.type == "cuda"
     rates = None
     if probe:
         with announced(f"Measuring this machine for about {PROBE_SECONDS:.0f} seconds"):
-            rates = measure_rates(existing, _largest_shard(facts, source), settings, method, PROBE_SECONDS)
+            rates = measure_rates(existing, _largest_shard(facts, source), settings, _hardest(choices), PROBE_SECONDS)
     return QuantizingCost(
         device=settings.device,
         compute_dtype=settings.compute_dtype,
@@ -104,6 +105,11 @@ def estimate_quantizing(
         rates=rates,
         seconds=None if rates is None else _estimate_seconds(work, rates),
     )
+
+
+def _hardest(choices: Choices) -> Method:
+    """The method that a mixture is timed by, as if all of it was quantized so: the most thorough one."""
+    return max(choices.methods.values(), key=lambda m: (m.compensates, m.needs_hessian, m.weighs_channels))
 
 
 def _host_beside_gpu(facts: ModelFacts) -> int:

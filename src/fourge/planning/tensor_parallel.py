@@ -1,8 +1,8 @@
 """How engines cut a model over the ranks of a tensor-parallel group, and what each rank then holds.
 
 Column-parallel Linears (q, k, v, gate, up) are cut by output rows, row-parallel ones (o, down) by input columns,
-embedding and head by vocabulary, padded to 64. Norms, global scales and the biases of row-parallel Linears are on
-every rank, and so are key and value heads where there are fewer than ranks.
+embedding and head by vocabulary, padded to 64. Norms, global scales, and of row-parallel Linears the biases and what
+FP8 has for scales, are on every rank, and so are key and value heads where there are fewer than ranks.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def _obstacles(facts: ModelFacts, size: int) -> Iterator[str]:
             yield f"{linear} has {cut} {what}, which do not divide by {size}"
             continue
         per_rank = columns // size if by_columns else columns
-        if linear in facts.quantized and per_rank % COLUMNS_PER_RANK_MULTIPLE:
+        if facts.schemes.get(linear, "FP8") != "FP8" and per_rank % COLUMNS_PER_RANK_MULTIPLE:
             yield f"{linear} has {per_rank} columns a rank, FP4 kernels take them in {COLUMNS_PER_RANK_MULTIPLE}s"
 
 
@@ -86,7 +86,8 @@ def _ways_cut(facts: ModelFacts, name: str, size: int) -> int:
         return 1
     if linear.endswith(_PER_KV_HEAD):
         return min(size, facts.num_key_value_heads)
-    return 1 if kind == "bias" and linear.endswith(_ROW_PARALLEL) else size
+    by_row = kind == "bias" or (kind == "weight_scale" and facts.schemes.get(owner) == "FP8")
+    return 1 if by_row and linear.endswith(_ROW_PARALLEL) else size
 
 
 def _padded_share(facts: ModelFacts, tensor: Stored, size: int) -> int:

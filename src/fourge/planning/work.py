@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from fourge.methods.base import Method
 from fourge.planning.facts import ModelFacts, total_bytes
 from fourge.settings import QuantizeSettings
+from fourge.walk.choices import Choices
 from fourge.walk.hidden import HiddenLayout
 from fourge.walk.passes import passes
 from fourge.walk.smoothing import SAMPLED, WATCHED
@@ -21,9 +21,9 @@ class Tokens:
     longest_batch: int
 
     @classmethod
-    def of(cls, settings: QuantizeSettings, method: Method) -> "Tokens":
+    def of(cls, settings: QuantizeSettings, choices: Choices) -> "Tokens":
         length = settings.max_seq_length
-        lanes = passes(settings, method)
+        lanes = passes(settings, choices)
         sets = {
             "calibration": settings.num_calibration_samples * length,
             "validation": settings.num_validation_samples * length,
@@ -56,11 +56,11 @@ class Work:
 
 
 def count_work(
-    facts: ModelFacts, settings: QuantizeSettings, method: Method, tokens: Tokens, hidden: HiddenLayout, output: int
+    facts: ModelFacts, settings: QuantizeSettings, choices: Choices, tokens: Tokens, hidden: HiddenLayout, output: int
 ) -> Work:
     """The work of quantizing `facts`, whose `output` files have so many bytes."""
     assert facts.source is not None
-    layers = _layers(facts, tokens, settings.max_seq_length, method.compensates)
+    layers = _layers(facts, tokens, settings.max_seq_length, choices)
     token = sum(layer.whole for layer in layers)
     head = 2 * facts.head_parameters * tokens.probe
     # Smoothing looks at some of both sets before the layer is run.
@@ -69,11 +69,11 @@ def count_work(
     nvfp4 = tokens.probe * token + head
     again = facts.num_layers * looked_at
     curvature = 0
-    if method.needs_hessian:
+    if choices.needs_hessian:
         # The calibration set runs through what is quantized, and before that once more up to every group.
         nvfp4 += tokens.calibration * (token + sum(layer.up_to_groups for layer in layers))
         again += tokens.calibration * sum(layer.groups for layer in layers)
-        if method.compensates:
+        if choices.compensates:
             # Both lanes up to every group, on calibration and some validation tokens; the latter runs on as well.
             before = sum(layer.up_to_groups for layer in layers)
             judged = min(tokens.validation, WATCHED)
@@ -84,7 +84,8 @@ def count_work(
     # Hidden states are written once a step but the last, read once a layer and by the head.
     traffic = (facts.num_layers + 1) * hidden.nbytes
     rounded = {f"{linear}.weight": facts.source[f"{linear}.weight"] for linear in facts.quantized}
-    sampled = sum(min(w.shape[0], SAMPLED) * w.nbytes // w.shape[0] for w in rounded.values())
+    in_fp4 = [rounded[f"{linear}.weight"] for linear, scheme in facts.schemes.items() if scheme != "FP8"]
+    sampled = sum(min(w.shape[0], SAMPLED) * w.nbytes // w.shape[0] for w in in_fp4)
     return Work(
         bytes_read=_source_bytes_read(facts, tokens) + traffic + again * hidden.row_bytes,
         bytes_written=output + traffic,
@@ -98,7 +99,8 @@ def count_work(
 
 @dataclass(frozen=True)
 class _Layer:
-    """FLOP a token of the whole layer, and of the parts before each of its quantized `groups`; FLOP of curvature."""
+    """FLOP a token of the whole layer, and of the parts before each of its `groups` that need a Hessian; FLOP of
+    curvature."""
 
     whole: int
     up_to_groups: int
@@ -106,7 +108,7 @@ class _Layer:
     curvature: int
 
 
-def _layers(facts: ModelFacts, tokens: Tokens, length: int, compensates: bool) -> list[_Layer]:
+def _layers(facts: ModelFacts, tokens: Tokens, length: int, choices: Choices) -> list[_Layer]:
     attention = 4 * facts.num_attention_heads * facts.head_dim * length // 2
     found = []
     for layer in range(facts.num_layers):
@@ -115,12 +117,13 @@ def _layers(facts: ModelFacts, tokens: Tokens, length: int, compensates: bool) -
         for position, group in enumerate(facts.architecture.groups):
             shapes = [facts.shapes[f"{prefix}{linear}.weight"] for linear in group.linears]
             rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-            if prefix + group.linears[0] in facts.quantized:
+            method = choices.methods.get(prefix + group.linears[0])
+            if method is not None and method.needs_hessian:
                 groups += 1
                 up_to_groups += done
                 # Half of XᵀX, for it is symmetric; Cholesky; the walk feeds every column to those after it.
                 curvature += tokens.calibration * columns**2 + columns**3 // 3 + rows * columns**2
-                if compensates:  # what the lanes are apart times the input: of the output for one Linear alone
+                if method.compensates:  # what the lanes are apart times the input: of the output for one Linear alone
                     curvature += 2 * tokens.calibration * columns * (rows if len(shapes) == 1 else columns)
             done += 2 * rows * columns + (attention if position == 0 else 0)
         found.append(_Layer(done, up_to_groups, groups, curvature))

@@ -1,5 +1,6 @@
 """How the checkpoint was made: the recipe, the data, the versions, what it took, and the command that repeats it."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,8 @@ _METHODS = {
 }
 _MADE = {"self": "text sampled from the base model", "random": "random tokens"}
 """What a calibration set that lies in no file was, by its kind."""
+_RECIPE = "recipe.json"
+_LONGEST_RECIPE = 2000
 _UNSAID = ("model", "revision", "device", "threads")
 """Not in the command as they stand: the model and its commit have their own place, and where it ran is no recipe."""
 
@@ -42,6 +45,8 @@ def details(card: CardFacts) -> Section:
         *_cost_rows(card, settings),
     ]
     parts = [facts(rows), *_events(card), "To repeat it:", code(reproduction(card, settings))]
+    if settings.get("recipe_file"):
+        parts += _recipe(settings["recipe_file"])
     return Section("Quantization details", "\n\n".join(parts), _traces(card))
 
 
@@ -58,9 +63,20 @@ def reproduction(card: CardFacts, settings: Mapping[str, Any]) -> str:
         if value is True:
             arguments.append(option)
             continue
+        if name == "recipe_file":
+            arguments += [option, _RECIPE]
+            continue
         for one in value if isinstance(value, list) else [value]:
             arguments += [option, without_folder(str(one))]
     return shlex.join(arguments)
+
+
+def _recipe(rules: list[dict[str, Any]]) -> list[str]:
+    """The recipe file, unless it names a thousand Linears: then where it is kept."""
+    text = json.dumps({"rules": rules}, indent=1)
+    if len(text) > _LONGEST_RECIPE:
+        return [f"where `{_RECIPE}` has as `rules` what `settings.recipe_file` has in the file that all this is from."]
+    return [f"where `{_RECIPE}` is", code(text, "json")]
 
 
 def calibration_text(data: Mapping[str, Any]) -> str:
@@ -77,6 +93,8 @@ def calibration_text(data: Mapping[str, Any]) -> str:
 
 def _method(settings: Mapping[str, Any]) -> str:
     parts = [_METHODS.get(settings["method"], settings["method"])]
+    if settings.get("recipe_file"):
+        parts.append("scheme and method of some Linears by the recipe file below")
     if settings["scheme"] == "NVFP4":
         parts.append(f"input scales for {settings['input_headroom']:g} times the calibrated range")
     if settings.get("smooth"):

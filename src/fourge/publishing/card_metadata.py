@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 _FROM_THE_SOURCE = ("license", "license_name", "license_link", "language")
+_TAGS = {"NVFP4": ("w4a4",), "NVFP4A16": ("w4a16",), "FP8": ("fp8", "w8a8")}
 _CAUSAL = "ForCausalLM"
 
 
@@ -96,9 +97,17 @@ def _pipeline_tag(card: CardFacts) -> str | None:
 
 def _tags(card: CardFacts) -> list[str]:
     plan, model_type = card.evidence.plan, card.evidence.config.get("model_type")
-    scheme = "nvfp4" if plan is None else plan.scheme.lower()
-    arithmetic = "w4a16" if scheme == "nvfp4a16" else "w4a4"
-    tags = ["fourge", "nvfp4", "fp4", arithmetic, "quantized", str(card.quantization.get("quant_method") or ""), "vllm"]
+    schemes = ["NVFP4"] if plan is None else plan.scheme.split(" + ")
+    kinds = [_TAGS[scheme] for scheme in schemes]
+    tags = [
+        "fourge",
+        "nvfp4",
+        "fp4",
+        *(tag for kind in kinds for tag in kind),
+        "quantized",
+        str(card.quantization.get("quant_method") or ""),
+        "vllm",
+    ]
     tags += [str(model_type or ""), *(card.source_card.inherited("tags") or [])]
     return list(dict.fromkeys(tag for tag in tags if tag))
 

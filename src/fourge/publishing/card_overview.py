@@ -12,6 +12,7 @@ _SCHEMES = {
     "for every tensor",
     "NVFP4A16": "NVFP4A16 (W4A16): weights in FP4 (E2M1), an FP8 scale for every 16 values, an FP32 scale for every "
     "tensor; activations stay in 16 bits",
+    "FP8": "FP8 (W8A8): weights and activations in E4M3, a scale for every output channel and for every token",
 }
 
 
@@ -76,7 +77,7 @@ def _model_rows(card: CardFacts) -> list[tuple[str, str]]:
             f"{architecture}: {sizes.num_layers} layers, {sizes.num_attention_heads} attention heads, "
             f"{sizes.num_key_value_heads} key-value heads",
         ),
-        ("Scheme", _SCHEMES[plan.scheme]),
+        ("Scheme", "; some Linears in ".join(_SCHEMES[scheme] for scheme in plan.scheme.split(" + "))),
     ]
 
 

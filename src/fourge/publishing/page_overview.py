@@ -29,7 +29,9 @@ def _facts(evidence: Evidence) -> list[str]:
     settings, versions = evidence.settings, evidence.versions
     facts = ["NVFP4 checkpoint"]
     if settings is not None:
-        facts = [f"{settings['scheme']} by {settings['method']}", f"from {without_folder(str(settings['model']))}"]
+        otherwise = ", some Linears by a recipe file" if settings.get("recipe_file") else ""
+        made = f"{settings['scheme']} by {settings['method']}{otherwise}"
+        facts = [made, f"from {without_folder(str(settings['model']))}"]
     architectures = evidence.config.get("architectures")
     if isinstance(architectures, list):
         facts.append(", ".join(map(str, architectures)))

@@ -68,7 +68,7 @@ def keep_source_card(output: Path) -> None:
 
 def _front_matter(path: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     try:
         return metadata_load(path) or {}

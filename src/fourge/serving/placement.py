@@ -21,6 +21,7 @@ from fourge.planning.kv_cache import bytes_per_token
 from fourge.planning.model import describe
 from fourge.planning.tensor_parallel import working_sizes
 from fourge.progress import format_binary
+from fourge.walk.choices import Selection
 from fourge.walk.job import FOLDER, INDEX
 from fourge.walk.resources import available_memory
 
@@ -54,7 +55,7 @@ def read_facts(output: Path) -> ModelFacts:
         raise InputError(f"{output}: the job is not finished; run the same `fourge quantize` command again")
     checkpoint = Checkpoint.open(output)
     if find_layout(checkpoint) is not MODELOPT:
-        return describe(str(output), None, "NVFP4", (), ())[0]
+        return describe(str(output), None, Selection())[0]
     return _modelopt_facts(checkpoint)
 
 
@@ -66,7 +67,7 @@ def _modelopt_facts(checkpoint: Checkpoint) -> ModelFacts:
     with tempfile.TemporaryDirectory(prefix="fourge-serve-") as folder:
         twin = Path(folder) / CONFIG
         twin.write_bytes(content.documents_in(COMPRESSED_TENSORS)[CONFIG])
-        facts = describe(str(twin), None, scheme, (), ())[0]
+        facts = describe(str(twin), None, Selection())[0]
     return replace(facts, name=str(checkpoint.directory))
 
 
@@ -149,6 +150,10 @@ def _numerics(facts: ModelFacts, kernel: Kernel) -> str:
 
 def place_on_cpu(facts: ModelFacts, request: Request, quantizes_activations: bool) -> Placement:
     """On this machine's CPU, where the plugin holds the weights in BF16; InputError where memory will not do."""
+    if "FP8" in facts.schemes.values():
+        raise InputError(
+            f"{facts.name} has Linears in FP8, and on a CPU vLLM runs none but those in NVFP4: name GPUs with --gpu"
+        )
     token = bytes_per_token(facts, request.kv_cache_dtype, 1)
     cache = math.ceil(request.concurrency * request.max_model_len * token / GIB) * GIB
     weights = 2 * facts.parameters

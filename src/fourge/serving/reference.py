@@ -53,7 +53,7 @@ class Lane:
 
     @classmethod
     def open(cls, output: Path, numerics: str, cache_in_fp8: bool, device: torch.device, dtype: torch.dtype) -> "Lane":
-        """A checkpoint in compressed-tensors' layout; `numerics` `W4A16` leaves the activations as they are."""
+        """A checkpoint in compressed-tensors' layout; `numerics` `W4A16` rounds no activation to FP4."""
         checkpoint = Checkpoint.open(output)
         check, quantization = check_config(checkpoint.config)
         if quantization is None or check.failures:
@@ -66,11 +66,11 @@ class Lane:
             name: TensorInfo(name, "BF16", shape, output, 0, 2 * prod(shape)) for name, shape in expected.shapes.items()
         }
         layout = plan_layout(
-            architecture, skeleton.num_layers, expected.shapes, tensors, skeleton.tied_head, expected.quantized
+            architecture, skeleton.num_layers, expected.shapes, tensors, skeleton.tied_head, expected.schemes
         )
-        model = QuantizedModel(checkpoint, layout, expected.scheme, expected.kv_cache_scheme)
+        model = QuantizedModel(checkpoint, layout, expected.kv_cache_scheme)
         if numerics == "W4A16":
-            model = replace(model, scheme="NVFP4A16")
+            model = replace(model, rounds_fp4_inputs=False)
         if not cache_in_fp8:
             model = replace(model, kv_cache_scheme=None)
         return cls(Walk(skeleton, checkpoint, (), dtype, device), model)

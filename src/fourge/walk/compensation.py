@@ -15,7 +15,7 @@ from fourge.methods.hessian import HessianAccumulator
 from fourge.methods.tuned import BLOCK_ROWS, CrossMoment, Judge, compensate
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer
-from fourge.walk.linear import InputSite
+from fourge.walk.linear import InputSite, to_nvfp4
 from fourge.walk.smoothing import SAMPLED, WATCHED, InputSample
 from fourge.walk.streams import MicroBatch
 from fourge.walk.walk import SeenEnoughError, Walk
@@ -28,7 +28,7 @@ class GroupTap:
     """
 
     def __init__(self, group: LinearGroup, global_scale: Tensor | None = None) -> None:
-        self.site = InputSite(global_scale, self._take)
+        self.site = InputSite(to_nvfp4(global_scale), self._take)
         self._added_to = group.added_to
         self._seen: dict[str, Tensor] = {}
 

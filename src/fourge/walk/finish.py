@@ -8,7 +8,7 @@ from fourge.checkpoint.folder import CONFIG, PROVENANCE
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.writer import index_json
-from fourge.settings import KvCacheScheme, Scheme
+from fourge.settings import KvCacheScheme
 from fourge.walk.job import Job, shard_name
 from fourge.walk.provenance import describe_provenance
 
@@ -17,7 +17,6 @@ def finish_checkpoint(
     job: Job,
     source: Checkpoint,
     layout: Layout,
-    scheme: Scheme,
     kv_cache_scheme: KvCacheScheme | None,
     data: dict[str, Any] | None,
 ) -> None:
@@ -37,7 +36,7 @@ def finish_checkpoint(
     def write_rest() -> None:
         for path in source.sidecars():
             copy_file(path, job.output / path.name)
-        config = with_quantization(source.config, scheme, layout.kept, kv_cache_scheme)
+        config = with_quantization(source.config, layout.schemes, layout.kept, kv_cache_scheme)
         write_json(job.output / CONFIG, config)
         write_json(job.output / PROVENANCE, describe_provenance(job, source, index))
 

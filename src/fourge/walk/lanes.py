@@ -7,11 +7,12 @@ from torch import Tensor
 from fourge.checkpoint.compressed_tensors import KvScales, QuantizedLinear
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import require_finite
+from fourge.nvfp4.fp8 import Fp8Weight, fake_quantize_tokens
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
 from fourge.walk.kv_cache import Fp8KvCache
-from fourge.walk.layer import LaneLayer
-from fourge.walk.linear import InputSite
+from fourge.walk.layer import LaneLayer, StoredWeights
+from fourge.walk.linear import InputSite, Rounding, to_nvfp4
 from fourge.walk.walk import Walk
 
 
@@ -37,17 +38,23 @@ def quantized_layer(
     sites: Mapping[str, InputSite] | None = None,
     kv_scales: KvScales | None = None,
 ) -> LaneLayer:
-    """The layer as engines run it: quantized weights, inputs quantized by the group's `input_global_scale`.
+    """The layer as engines run it: quantized weights, inputs rounded as the group's scheme has it.
 
     `kept` are the layer's other tensors and `linears` its quantized ones, both by name relative to the layer;
     groups of which no Linear is in `linears` stay as they are, or get the site that `sites` names for them. With
     `kv_scales`, attention reads keys and values from an FP8 cache.
     """
-    weights = dict(kept) | {f"{name}.weight": linear.weight for name, linear in linears.items()}
+    weights: StoredWeights = {**kept, **{f"{name}.weight": linear.weight for name, linear in linears.items()}}
     all_sites = dict(sites or {})
     for group in layout.groups(layer):
         if group.linears[0] in linears:
-            scale = linears[group.linears[0]].input_global_scale
-            all_sites[group.name] = InputSite(None if scale is None else scale.to(walk.device))
+            all_sites[group.name] = InputSite(_rounding(linears[group.linears[0]], walk))
     kv_cache = None if kv_scales is None else Fp8KvCache(kv_scales, walk.device)
     return LaneLayer(walk.skeleton, layer, weights, walk.dtype, all_sites, kv_cache)
+
+
+def _rounding(linear: QuantizedLinear, walk: Walk) -> Rounding | None:
+    if isinstance(linear.weight, Fp8Weight):
+        return fake_quantize_tokens
+    scale = linear.input_global_scale
+    return to_nvfp4(None if scale is None else scale.to(walk.device))

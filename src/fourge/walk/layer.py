@@ -7,13 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.walk.kv_cache import CacheChain, KvCache
 from fourge.walk.linear import InputSite, LaneLinear
 from fourge.walk.skeleton import Skeleton
 from fourge.walk.tree import Tree
 
-StoredWeights = Mapping[str, Tensor | QuantizedWeight]
+StoredWeights = Mapping[str, Tensor | QuantizedWeight | Fp8Weight]
 """The tensors of one layer by name relative to it: `self_attn.q_proj.weight`, `input_layernorm.weight`, …"""
 
 
@@ -57,7 +58,7 @@ class LaneLayer:
             self._sites.append(site)
             for name in group.linears:
                 bias = rest.pop(f"{name}.bias", None)
-                assert not isinstance(bias, QuantizedWeight)
+                assert bias is None or isinstance(bias, Tensor)
                 linear = LaneLinear(rest.pop(f"{name}.weight"), None if bias is None else bias.to(dtype), site)
                 self._linears.append(linear)
                 parent, _, attribute = name.rpartition(".")

@@ -9,18 +9,18 @@ from torch import Tensor
 from fourge.checkpoint.architecture import LinearGroup
 from fourge.checkpoint.compressed_tensors import KvScales, QuantizedLinear
 from fourge.checkpoint.layout import Layout
-from fourge.methods.base import Method
 from fourge.methods.hessian import HessianAccumulator
 from fourge.methods.observe import InputStatistics, input_global_scale
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
 from fourge.settings import QuantizeSettings
+from fourge.walk.choices import Choices
 from fourge.walk.compensation import GroupLanes, GroupTap, compensate_group
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.kv_cache import KvObserver
 from fourge.walk.lanes import quantized_layer, read_layer
 from fourge.walk.layer import LaneLayer
-from fourge.walk.linear import InputSite
+from fourge.walk.linear import InputSite, to_nvfp4
 from fourge.walk.smoothing import LayerSmoothing
 from fourge.walk.streams import Stream
 from fourge.walk.walk import Advance, SeenEnoughError, Walk
@@ -62,7 +62,7 @@ class LayerStep:
         walk: Walk,
         layout: Layout,
         settings: QuantizeSettings,
-        method: Method,
+        choices: Choices,
         layer: int,
         states: HiddenStates | None,
         progress: WalkProgress,
@@ -70,7 +70,8 @@ class LayerStep:
         self.walk = walk
         self.layout = layout
         self.settings = settings
-        self.method = method
+        self.choices = choices
+        self.prefix = layout.architecture.layer_prefix(layer)
         self.layer = layer
         self.states = states
         self.progress = progress
@@ -83,12 +84,11 @@ class LayerStep:
         smoothed = self._smooth()
         statistics = self._observe()
         linears = self._quantize(statistics)
-        prefix = self.layout.architecture.layer_prefix(self.layer)
-        self.output.linears = {prefix + name: linear for name, linear in linears.items()}
+        self.output.linears = {self.prefix + name: linear for name, linear in linears.items()}
         for name in smoothed & self.weights.keys():
             tensor = self.weights[name]
             assert isinstance(tensor, Tensor)
-            self.output.tensors[prefix + name] = tensor
+            self.output.tensors[self.prefix + name] = tensor
         errors = [linear["weight_error"] for linear in self.output.measures["linears"].values()]
         self.output.facts = f"weight error {max(errors):.4f}" if errors else "kept"
         if self.states is not None:
@@ -99,7 +99,7 @@ class LayerStep:
         """The names of the tensors that are not the source's any more."""
         if self.states is None or not self.settings.smooth:
             return frozenset()
-        smoothing = LayerSmoothing(self.walk, self.layout, self.settings, self.method, self.layer)
+        smoothing = LayerSmoothing(self.walk, self.layout, self.settings, self.choices, self.layer)
         changed = smoothing.fold(self.weights, self.states.source)
         self.output.measures["smoothing"] = smoothing.measures
         self.output.events += smoothing.events
@@ -107,8 +107,10 @@ class LayerStep:
 
     def _observe(self) -> dict[str, InputStatistics]:
         """Runs the bf16 lane; what calibration saw of every group's input, by the group's name."""
-        weighs = self.method.weighs_channels
-        statistics = {g.name: InputStatistics(weigh_channels=weighs) for g in self.layout.groups(self.layer)}
+        statistics = {
+            group.name: InputStatistics(weigh_channels=self.choices.method(self.prefix, group).weighs_channels)
+            for group in self.layout.groups(self.layer)
+        }
         kv_observer = None if self.settings.kv_cache_scheme is None else KvObserver()
         if self.states is not None:
             self._run_bf16(statistics, kv_observer, self.states)
@@ -142,22 +144,23 @@ class LayerStep:
         """Quantizes group after group; the Linears by name relative to the layer."""
         linears: dict[str, QuantizedLinear] = {}
         measured = self.output.measures["linears"] = {}
-        whole = dict(self.weights) if self.method.compensates else {}
+        whole = dict(self.weights) if self.choices.compensates else {}
         for group in self.layout.groups(self.layer):
+            method = self.choices.method(self.prefix, group)
             seen = statistics[group.name] if self.walk.stream("calibration", "bf16") else None
             input_scale = self._input_scale(group, seen)
             sources = {name: self._source(name) for name in group.linears}
             targets = sources
-            if seen is not None and self.states is not None and self.method.needs_hessian:
+            if seen is not None and self.states is not None and method.needs_hessian:
                 seen.hessian = self._new_hessian(group)
                 before = linears, input_scale, seen.hessian, self.states.source
-                if self.method.compensates:
+                if method.compensates:
                     targets = self._compensate(group, whole, sources, *before)
                 else:
                     self._observe_inputs(group, *before)
             for name in group.linears:
                 del self.weights[f"{name}.weight"]
-            quantized = self.method.quantize_group(targets, seen, self.output.events)
+            quantized = method.quantize_group(targets, seen, self.output.events)
             for name, weight in quantized.items():
                 linears[name] = QuantizedLinear(weight, input_scale)
                 measured[name] = {"weight_error": relative_weight_error(sources[name], weight)}
@@ -168,7 +171,7 @@ class LayerStep:
         return linears
 
     def _input_scale(self, group: LinearGroup, seen: InputStatistics | None) -> Tensor | None:
-        if seen is None or self.settings.scheme != "NVFP4":
+        if seen is None or self.choices.scheme(self.prefix, group) != "NVFP4":
             return None
         if seen.amax == 0:
             self.output.events.append({"event": "input is always zero", "group": group.name})
@@ -180,8 +183,7 @@ class LayerStep:
         return weight
 
     def _new_hessian(self, group: LinearGroup) -> HessianAccumulator:
-        prefix = self.layout.architecture.layer_prefix(self.layer)
-        return HessianAccumulator(self.layout.shapes[f"{prefix}{group.linears[0]}.weight"][1], self.walk.device)
+        return HessianAccumulator(self.layout.shapes[f"{self.prefix}{group.linears[0]}.weight"][1], self.walk.device)
 
     def _observe_inputs(
         self,
@@ -199,7 +201,7 @@ class LayerStep:
             hessian.add(x)
             raise SeenEnoughError
 
-        with self._quantized_layer(linears, {group.name: InputSite(input_scale, observe)}) as lane:
+        with self._quantized_layer(linears, {group.name: InputSite(to_nvfp4(input_scale), observe)}) as lane:
             self.walk.watch(lane, stream.batches, source)
 
     def _compensate(

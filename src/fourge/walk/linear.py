@@ -5,30 +5,41 @@ two layers more. The sum over K is never split, so the blocks change nothing but
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from fourge.nvfp4.fp8 import Fp8Weight, dequantize_rows
 from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight, fake_quantize
 
 ROWS_BYTES = 8 << 20
 
 
-class InputSite:
-    """The input that the Linears of a group share: seen by an observer, quantized in the nvfp4 lane, once for all.
+Rounding = Callable[[Tensor], Tensor]
+"""What an engine makes of activations `[..., K]` before it multiplies them, in their dtype."""
 
-    `global_scale` (FP32 divisor, `[1]`) switches the dynamic quantization of the activations on; `observe` is
-    called with the input `[..., K]` as it comes, before any quantization.
+
+def to_nvfp4(global_scale: Tensor | None) -> Rounding | None:
+    """Dynamic rounding to NVFP4 under `global_scale` (FP32 divisor, `[1]`); None for None."""
+    return None if global_scale is None else partial(fake_quantize, global_scale=global_scale)
+
+
+class InputSite:
+    """The input that the Linears of a group share: rounded in the nvfp4 lane, seen by an observer, once for all.
+
+    `round_input` is what the engine does with the activations; `observe` is called with the input `[..., K]` as it
+    is multiplied.
     """
 
-    def __init__(self, global_scale: Tensor | None = None, observe: Callable[[Tensor], None] | None = None) -> None:
-        self.global_scale = global_scale
+    def __init__(self, round_input: Rounding | None = None, observe: Callable[[Tensor], None] | None = None) -> None:
+        self.round_input = round_input
         self.observe = observe
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._seen is None or self._seen[0] is not x:
-            multiplied = x if self.global_scale is None else fake_quantize(x, self.global_scale)
+            multiplied = x if self.round_input is None else self.round_input(x)
             if self.observe is not None:
                 self.observe(multiplied)
             self._seen = (x, multiplied)
@@ -40,9 +51,9 @@ class InputSite:
 
 
 class LaneLinear(nn.Module):
-    """`y = site(x) Wᵀ + b` in `x`'s dtype, for W stored as a float tensor or as NVFP4, both `[N, K]`."""
+    """`y = site(x) Wᵀ + b` in `x`'s dtype, for W `[N, K]` stored as a float tensor, in NVFP4 or in FP8."""
 
-    def __init__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, site: InputSite) -> None:
+    def __init__(self, weight: Tensor | QuantizedWeight | Fp8Weight, bias: Tensor | None, site: InputSite) -> None:
         super().__init__()
         self.stored = weight
         self.bias = bias
@@ -55,6 +66,8 @@ class LaneLinear(nn.Module):
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         if isinstance(self.stored, QuantizedWeight):
             return dequantize_weight(self.stored, rows, dtype)
+        if isinstance(self.stored, Fp8Weight):
+            return dequantize_rows(self.stored, rows, dtype)
         return self.stored[rows].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

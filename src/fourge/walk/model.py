@@ -1,33 +1,33 @@
 """A source checkpoint held against its own config: the skeleton and the layout, from headers alone."""
 
-from collections.abc import Iterable
-
 import torch
 
 from fourge.checkpoint.architecture import find_architecture
 from fourge.checkpoint.layout import Layout, plan_layout
 from fourge.checkpoint.reader import Checkpoint, require_finite
-from fourge.walk.selection import select_linears
+from fourge.walk.choices import Choices, Selection
 from fourge.walk.skeleton import Skeleton, load_config
 
 _BLOCK_BYTES = 8 << 20
 
 
-def describe_model(
-    source: Checkpoint, targets: Iterable[str], ignore: Iterable[str], device: torch.device
-) -> tuple[Skeleton, Layout]:
-    """The model that `source` holds and how its quantized form is laid out; InputError where the two disagree."""
+def describe_model(source: Checkpoint, selection: Selection, device: torch.device) -> tuple[Skeleton, Layout, Choices]:
+    """The model that `source` holds, how its quantized form is laid out, and what `selection` makes of its Linears.
+
+    Raises InputError where config and headers disagree, and for a selection that is not possible.
+    """
     architecture = find_architecture(source.config)
     skeleton = Skeleton(load_config(source.directory), architecture, device)
+    choices = selection.resolve(skeleton.linears, architecture, skeleton.num_layers)
     layout = plan_layout(
         architecture,
         skeleton.num_layers,
         skeleton.shapes,
         source.tensors,
         skeleton.tied_head,
-        select_linears(skeleton.linears, targets, ignore),
+        choices.schemes,
     )
-    return skeleton, layout
+    return skeleton, layout, choices
 
 
 def require_finite_ends(source: Checkpoint, layout: Layout) -> None:

@@ -7,9 +7,10 @@ from torch import Tensor
 from fourge.checkpoint.compressed_tensors import QuantizedLinear
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
+from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
-from fourge.settings import KvCacheScheme, Scheme
+from fourge.settings import KvCacheScheme
 from fourge.walk.kv_cache import read_kv_scales
 from fourge.walk.lanes import quantized_layer
 from fourge.walk.layer import LaneLayer
@@ -18,12 +19,15 @@ from fourge.walk.walk import Walk
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """An open checkpoint whose `layout.quantized` are stored in `scheme`, its keys and values in `kv_cache_scheme`."""
+    """An open checkpoint, its Linears stored as `layout.schemes` says, its keys and values in `kv_cache_scheme`.
+
+    Without `rounds_fp4_inputs`, what is multiplied by a weight in NVFP4 stays as it is: so on GPUs without FP4.
+    """
 
     checkpoint: Checkpoint
     layout: Layout
-    scheme: Scheme
     kv_cache_scheme: KvCacheScheme | None
+    rounds_fp4_inputs: bool = True
 
     def layer(self, walk: Walk, layer: int, progress: WalkProgress) -> LaneLayer:
         """Reads a layer and builds it for `walk`'s skeleton, device and dtype; to be used in a `with`."""
@@ -47,10 +51,14 @@ class QuantizedModel:
         return self.checkpoint.read(name).to(walk.device)
 
     def _read_linear(self, walk: Walk, linear: str) -> QuantizedLinear:
+        scheme = self.layout.schemes[linear]
+        if scheme == "FP8":
+            codes, scale = (self._read(walk, f"{linear}.{part}") for part in ("weight", "weight_scale"))
+            return QuantizedLinear(Fp8Weight(codes, scale), None)
         weight = QuantizedWeight(
             self._read(walk, f"{linear}.weight_packed"),
             self._read(walk, f"{linear}.weight_scale"),
             self._read(walk, f"{linear}.weight_global_scale"),
         )
-        scale = self._read(walk, f"{linear}.input_global_scale") if self.scheme == "NVFP4" else None
-        return QuantizedLinear(weight, scale)
+        rounds = scheme == "NVFP4" and self.rounds_fp4_inputs
+        return QuantizedLinear(weight, self._read(walk, f"{linear}.input_global_scale") if rounds else None)

@@ -15,9 +15,9 @@ from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.writer import num_bytes, safetensors_size
 from fourge.errors import InputError
-from fourge.methods.base import Method
 from fourge.progress import format_bytes, resident_bytes
-from fourge.settings import QuantizeSettings, Scheme
+from fourge.settings import QuantizeSettings
+from fourge.walk.choices import Choices
 from fourge.walk.compensation import compensation_bytes
 from fourge.walk.hidden import HiddenLayout
 from fourge.walk.machine import memory_in_use, memory_limit
@@ -58,42 +58,42 @@ def estimate_needs(
     layout: Layout,
     source: Checkpoint,
     settings: QuantizeSettings,
-    method: Method,
+    choices: Choices,
     hidden: HiddenLayout,
     longest_batch: int,
 ) -> Needs:
     """The needs of a run whose longest micro-batch has `longest_batch` tokens (0 for none)."""
     output = sum(
-        safetensors_size(layout.output_specs(step, source.tensors, settings.scheme, settings.kv_cache_scheme))
+        safetensors_size(layout.output_specs(step, source.tensors, settings.kv_cache_scheme))
         for step in range(layout.num_steps)
     )
-    layer = max(_largest_moment(layout, source, settings.scheme, layer, method) for layer in range(layout.num_layers))
+    layer = max(_largest_moment(layout, source, layer, choices) for layer in range(layout.num_layers))
     widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
     # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
     micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
     smoothing = smoothing_bytes(layout, hidden.dtype) if settings.smooth else 0
-    works_with = max(smoothing, _METHOD_BYTES if method.needs_hessian else 0)
+    works_with = max(smoothing, _METHOD_BYTES if choices.needs_hessian else 0)
     return Needs(output, hidden.nbytes, layer, micro_batch, works_with)
 
 
-def _largest_moment(layout: Layout, source: Checkpoint, scheme: Scheme, layer: int, method: Method) -> int:
+def _largest_moment(layout: Layout, source: Checkpoint, layer: int, choices: Choices) -> int:
     """The most that a layer holds while its groups are quantized one after the other: of each the source's tensors or
     the output's, and for a method with a Hessian XᵀX of the group's input in FP32, which is factored where it lies.
 
-    For one that compensates, the source's tensors stay, and the weights moved and what moves them come beside them.
+    Where one compensates, the source's tensors stay, and the weights moved and what moves them come beside them.
     """
     prefix = layout.architecture.layer_prefix(layer)
-    specs = layout.output_specs(layer + 1, source.tensors, scheme)
+    specs = layout.output_specs(layer + 1, source.tensors)
     held = largest = sum(source.tensors[name].nbytes for name in layout.steps[layer + 1])
     for group in layout.groups(layer):
-        linears = [prefix + linear for linear in group.linears]
+        linears, method = [prefix + linear for linear in group.linears], choices.method(prefix, group)
         quantized = sum(num_bytes(*spec) for name, spec in specs.items() if name.rpartition(".")[0] in linears)
         rows, columns = layout.shapes[f"{linears[0]}.weight"]
         hessian = 4 * columns**2 if method.needs_hessian else 0
         sources = sum(source.tensors[f"{linear}.weight"].nbytes for linear in linears)
         moved = sources + compensation_bytes(columns, rows) if method.compensates else 0
         largest = max(largest, held + quantized + hessian + moved)
-        held += quantized if method.compensates else quantized - sources
+        held += quantized if choices.compensates else quantized - sources
     return largest
 
 

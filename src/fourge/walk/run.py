@@ -17,10 +17,9 @@ from fourge.checkpoint.reader import Checkpoint, require_float, require_unquanti
 from fourge.checkpoint.source import locate
 from fourge.data import DataRequest, TokenSets, load_token_sets, read_token_sets, save_token_sets
 from fourge.errors import InputError
-from fourge.methods import find_method
-from fourge.methods.base import Method
 from fourge.progress import WalkProgress, announced
 from fourge.settings import QuantizeSettings
+from fourge.walk.choices import Choices, Selection
 from fourge.walk.finish import finish_checkpoint
 from fourge.walk.hidden import HiddenLayout
 from fourge.walk.job import Job
@@ -44,24 +43,23 @@ class QuantizeRun:
     source: Checkpoint
     skeleton: Skeleton
     layout: Layout
-    method: Method
+    choices: Choices
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def prepare(cls, settings: QuantizeSettings, output: Path) -> Self:
         """Reads config and headers, and holds them against the settings; InputError where something cannot be."""
-        method = find_method(settings.method)
-        require_data(settings, method)
         source = Checkpoint.open(locate(settings.model, settings.revision))
         require_unquantized(source)
         require_float(source)
         device = torch.device(settings.device)
-        skeleton, layout = describe_model(source, settings.targets, settings.ignore, device)
+        skeleton, layout, choices = describe_model(source, Selection.of(settings), device)
+        require_data(settings, choices)
         if output.resolve() == source.directory.resolve():
             raise InputError(f"-o {output} is the source itself; name a new directory")
         dtype = getattr(torch, settings.compute_dtype)
-        return cls(settings, output, source, skeleton, layout, method, device, dtype)
+        return cls(settings, output, source, skeleton, layout, choices, device, dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a byte of the output depends on; what a continued run must share."""
@@ -119,7 +117,7 @@ class QuantizeRun:
             "validation": sets.validation.sequences,
             "probe": sets.probe.sequences,
         }
-        chosen = [(name, lane, sequences[name]) for name, lane in passes(self.settings, self.method)]
+        chosen = [(name, lane, sequences[name]) for name, lane in passes(self.settings, self.choices)]
         return lay_out(chosen, self.settings.micro_batch_tokens)
 
     def _require_room_for(self, streams: tuple[Stream, ...], already_written: int) -> None:
@@ -129,7 +127,7 @@ class QuantizeRun:
 
     def _require_room(self, rows: int, longest_batch: int, already_written: int) -> None:
         hidden = HiddenLayout(rows, self.skeleton.hidden_size, self.dtype)
-        needs = estimate_needs(self.layout, self.source, self.settings, self.method, hidden, longest_batch)
+        needs = estimate_needs(self.layout, self.source, self.settings, self.choices, hidden, longest_batch)
         require_resources(needs, self.output, self.device, already_written)
 
     def work(self, job: Job) -> None:
@@ -144,7 +142,7 @@ class QuantizeRun:
         sets = self.token_sets(job)
         streams = self.streams(sets)
         walk = Walk(self.skeleton, self.source, streams, self.dtype, self.device)
-        quantizing = QuantizingWalk(walk, self.layout, self.settings, self.method)
+        quantizing = QuantizingWalk(walk, self.layout, self.settings, self.choices)
         if job.next_step:
             with WalkProgress("committed", job.next_step) as progress:
                 checked = partial(progress.finish_step, facts="as committed", record={})
@@ -155,5 +153,4 @@ class QuantizeRun:
         with WalkProgress("quantize", steps, job.next_step, job.metrics_path, costs=costs, about=about) as progress:
             quantizing.run(job, progress)
         provenance = sets.provenance if sets else None
-        scheme, kv_cache_scheme = self.settings.scheme, self.settings.kv_cache_scheme
-        finish_checkpoint(job, self.source, self.layout, scheme, kv_cache_scheme, provenance)
+        finish_checkpoint(job, self.source, self.layout, self.settings.kv_cache_scheme, provenance)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fourge.checkpoint.architecture import LinearGroup
 from fourge.checkpoint.layout import Layout
-from fourge.methods.base import Method
 from fourge.methods.smooth import Rounding, Sample, Tie, choose, output_error
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.settings import QuantizeSettings
+from fourge.walk.choices import Choices
 from fourge.walk.folding import encode_exponents, find_tie, scale_, scalings, survives
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer
@@ -50,17 +50,24 @@ class InputSample:
 
 
 class LayerSmoothing:
-    """The decisions for one layer. `measures`, by group's name, and `events` are for the job's record."""
+    """The decisions for one layer's groups in NVFP4. `measures`, by group's name, and `events` are for the record."""
 
-    def __init__(self, walk: Walk, layout: Layout, settings: QuantizeSettings, method: Method, layer: int) -> None:
+    def __init__(self, walk: Walk, layout: Layout, settings: QuantizeSettings, choices: Choices, layer: int) -> None:
         self.measures: dict[str, Any] = {}
         self.events: list[dict[str, Any]] = []
         self._walk = walk
         self._layer = layer
         self._seed = settings.seed
-        self._groups = layout.groups(layer)
-        self._rounding = Rounding(method.weighs_channels, settings.scheme == "NVFP4", settings.input_headroom)
         prefix = layout.architecture.layer_prefix(layer)
+        self._groups = [group for group in layout.groups(layer) if choices.scheme(prefix, group) != "FP8"]
+        self._roundings = {
+            group.name: Rounding(
+                choices.method(prefix, group).weighs_channels,
+                choices.scheme(prefix, group) == "NVFP4",
+                settings.input_headroom,
+            )
+            for group in self._groups
+        }
         shapes = {name.removeprefix(prefix): shape for name, shape in layout.shapes.items() if name.startswith(prefix)}
         heads = int(walk.skeleton.config.num_key_value_heads)
         self._ties = {group.name: find_tie(group, shapes, heads) for group in self._groups}
@@ -100,16 +107,15 @@ class LayerSmoothing:
         self, group: LinearGroup, tensors: Mapping[str, Tensor], fitted: InputSample, held_out: InputSample
     ) -> Tensor | None:
         """The exponents for `group`, int8 `[P]`, or None where they do not lower the error on held-out tokens."""
-        tie = self._ties[group.name]
+        tie, rounding = self._ties[group.name], self._roundings[group.name]
         linears = [tensors[f"{linear}.weight"] for linear in group.linears]
         rows = [weight[torch.from_numpy(_draw(len(weight), self._seed)).to(weight.device)] for weight in linears]
         largest = torch.stack([column_maxima(weight) for weight in linears]).amax(0)
-        powers, exponents = choose(Sample(fitted.rows(), rows, largest), tie, self._rounding)
+        powers, exponents = choose(Sample(fitted.rows(), rows, largest), tie, rounding)
         exponents = self._exact(group, exponents, tie, tensors)
         judge = Sample(held_out.rows(), rows, largest)
         before, after = (
-            output_error(judge, tie.to_inputs(tried), self._rounding)
-            for tried in (torch.zeros_like(exponents), exponents)
+            output_error(judge, tie.to_inputs(tried), rounding) for tried in (torch.zeros_like(exponents), exponents)
         )
         kept = after < before
         self.measures[group.name] = {"powers": list(powers), "validation_error": [before, after], "kept": kept}

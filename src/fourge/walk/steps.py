@@ -10,9 +10,9 @@ from torch import Tensor
 from fourge.checkpoint import compressed_tensors
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.writer import Copied, write_safetensors
-from fourge.methods.base import Method
 from fourge.progress import WalkProgress
 from fourge.settings import QuantizeSettings
+from fourge.walk.choices import Choices
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.job import Job, StepRecord, shard_name
 from fourge.walk.layer_step import HiddenStates, LayerStep, StepOutput
@@ -27,7 +27,7 @@ class QuantizingWalk:
     walk: Walk
     layout: Layout
     settings: QuantizeSettings
-    method: Method
+    choices: Choices
 
     def costs(self) -> list[float]:
         """What each step costs relative to a decoder layer, for an ETA: arithmetic, or bytes where none is done."""
@@ -93,4 +93,4 @@ class QuantizingWalk:
         return StepOutput(measures={"fidelity": asdict(fidelity)}, facts=f"KL {fidelity.kl_div}")
 
     def _layer(self, layer: int, states: HiddenStates | None, progress: WalkProgress) -> StepOutput:
-        return LayerStep(self.walk, self.layout, self.settings, self.method, layer, states, progress).run()
+        return LayerStep(self.walk, self.layout, self.settings, self.choices, layer, states, progress).run()
