@@ -15,7 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[data,fast,demo,eval,card,sign,sbom,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[data,fast,gpu,demo,eval,card,sign,sbom,dev]'
 	touch $@
 
 # Other tools live in environments of their own: their pins are not ours.

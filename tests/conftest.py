@@ -1,6 +1,7 @@
 """Pico models: real architectures of transformers at a size that quantizes in a second, built anew each session."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from fourge.nvfp4.backend import using
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -91,10 +95,17 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
-@pytest.fixture(scope="module", params=["torch", "numba"])
+def needs_backend(name: str) -> None:
+    """Skips the test where a backend does not compute on a CPU here; Triton does in its interpreter alone."""
+    pytest.importorskip(name)
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton computes on the GPU here: TRITON_INTERPRET=1 tests it on the CPU, `-m gpu` where it is")
+
+
+@pytest.fixture(scope="module", params=["torch", "numba", "triton"])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a module's tests once with each backend that computes on a CPU."""
-    pytest.importorskip(request.param)
+    needs_backend(request.param)
     with using(request.param):
         yield request.param
 

@@ -12,7 +12,7 @@ RuleScheme = Literal["NVFP4", "NVFP4A16", "FP8", "BF16"]
 """BF16 leaves a Linear as it is, whatever dtype the source has."""
 KvCacheScheme = Literal["fp8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Backend = Literal["auto", "torch", "numba"]
+Backend = Literal["auto", "torch", "numba", "triton"]
 
 FREE_ON_CONTINUATION: Mapping[str, str] = {
     "model": "the source may have moved; its headers are compared instead",

@@ -12,7 +12,11 @@ from fourge.methods.scale_search import search_scales
 from fourge.nvfp4.quantize import amax, dequantize_weight, global_scale, group_scales, quantize_weight
 from fourge.nvfp4.reference import ZERO_SCALE
 
-pytestmark = pytest.mark.usefixtures("every_backend")
+# Not Triton's: its interpreter takes its time, and `test_backends.py` holds its search against these, bit for bit.
+pytestmark = [
+    pytest.mark.usefixtures("every_backend"),
+    pytest.mark.parametrize("every_backend", ["torch", "numba"], indirect=True, scope="module"),
+]
 
 
 def group_errors(weight: Tensor, scale: Tensor | float, divisor: Tensor, importance: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 MODERATE = st.floats(width=32, min_value=-1.0, max_value=1.0)
 GROUP = st.lists(FINITE, min_size=16, max_size=16) | st.lists(MODERATE, min_size=16, max_size=16)
 DIVISOR = st.floats(width=32, min_value=2.0**-126, allow_infinity=False)
+EXAMPLES = {"torch": 300, "numba": 300, "triton": 50}
+"""Triton's interpreter takes its time."""
+
 POSITIVE_SCALE = st.integers(1, 0x7E).map(reference.e4m3_decode)
 
 
@@ -34,32 +37,39 @@ def specified(values: list[float], scale: float, divisor: float) -> tuple[list[i
     return packed, [reference.dequantize_value(value, scale, divisor) for value in rounded]
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
-@given(group=GROUP, scale=POSITIVE_SCALE, divisor=DIVISOR)
-def test_given_scales(group: list[float], scale: float, divisor: float) -> None:
-    weight = torch.tensor([group], dtype=torch.float32)
-    ours = quantize_weight(weight, torch.tensor(divisor), torch.tensor([[scale]]))
-    packed, restored = specified(group, scale, divisor)
-    assert ours.packed[0].tolist() == packed
-    assert float(ours.scale.float()) == scale
-    assert float_bits(dequantize_weight(ours)[0].tolist()) == float_bits(restored)
+def test_given_scales(every_backend: str) -> None:
+    @settings(deadline=None, derandomize=True, max_examples=EXAMPLES[every_backend])
+    @given(group=GROUP, scale=POSITIVE_SCALE, divisor=DIVISOR)
+    def check(group: list[float], scale: float, divisor: float) -> None:
+        weight = torch.tensor([group], dtype=torch.float32)
+        ours = quantize_weight(weight, torch.tensor(divisor), torch.tensor([[scale]]))
+        packed, restored = specified(group, scale, divisor)
+        assert ours.packed[0].tolist() == packed
+        assert float(ours.scale.float()) == scale
+        assert float_bits(dequantize_weight(ours)[0].tolist()) == float_bits(restored)
+
+    check()
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
-@given(group=GROUP, divisor=st.none() | DIVISOR)
-def test_max_scales_and_activations(group: list[float], divisor: float | None) -> None:
+def test_max_scales_and_activations(every_backend: str) -> None:
     """Under the group's own global scale, and under one that fits it badly."""
-    x = torch.tensor([group], dtype=torch.float32)
-    largest = max(map(abs, group))
-    exact = reference.global_scale(largest) if divisor is None else divisor
-    if divisor is None:
-        assert float(global_scale(amax(x))) == exact
-    scale = reference.group_scale(largest, exact)
-    ours = quantize_weight(x, torch.tensor(exact))
-    packed, restored = specified(group, scale, exact)
-    assert float(ours.scale.float()) == scale
-    assert ours.packed[0].tolist() == packed
-    assert float_bits(fake_quantize(x, torch.tensor(exact))[0].tolist()) == float_bits(restored)
+
+    @settings(deadline=None, derandomize=True, max_examples=EXAMPLES[every_backend])
+    @given(group=GROUP, divisor=st.none() | DIVISOR)
+    def check(group: list[float], divisor: float | None) -> None:
+        x = torch.tensor([group], dtype=torch.float32)
+        largest = max(map(abs, group))
+        exact = reference.global_scale(largest) if divisor is None else divisor
+        if divisor is None:
+            assert float(global_scale(amax(x))) == exact
+        scale = reference.group_scale(largest, exact)
+        ours = quantize_weight(x, torch.tensor(exact))
+        packed, restored = specified(group, scale, exact)
+        assert float(ours.scale.float()) == scale
+        assert ours.packed[0].tolist() == packed
+        assert float_bits(fake_quantize(x, torch.tensor(exact))[0].tolist()) == float_bits(restored)
+
+    check()
 
 
 EDGES = {

@@ -4,11 +4,13 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
+from conftest import needs_backend
 from fourge.methods.scale_search import search_scales
 from fourge.nvfp4 import backend
 from fourge.nvfp4.quantize import (
@@ -21,7 +23,7 @@ from fourge.nvfp4.quantize import (
     squared_errors,
 )
 
-PAIRS = list(itertools.combinations(["torch", "numba"], 2))
+PAIRS = list(itertools.combinations(["torch", "numba", "triton"], 2))
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 
@@ -32,7 +34,7 @@ def weights() -> dict[str, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    heavy = normal(33, 1040) * torch.exp(3 * normal(33, 1040))
+    heavy = normal(13, 1040) * torch.exp(3 * normal(13, 1040))
     sparse = normal(7, 96) * (normal(7, 96) > 1)
     uneven = normal(5, 1600) * torch.exp2((20 * normal(5, 100)).round()).repeat_interleave(16, 1)
     return {
@@ -47,13 +49,13 @@ def weights() -> dict[str, Tensor]:
 
 
 def bits(tensors: tuple[Tensor, ...]) -> list[bytes]:
-    return [bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes()) for tensor in tensors]
+    return [bytes(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for tensor in tensors]
 
 
 def everything(weight: Tensor, divisor: Tensor, importance: Tensor) -> list[bytes]:
     """What a backend makes of a weight, all of it."""
     plain = quantize_weight(weight, divisor)
-    results: list[Tensor] = []
+    results: list[Tensor] = [amax(weight).reshape(1)]
     for h in (None, importance):
         scales = search_scales(weight, divisor, h)
         searched = quantize_weight(weight, divisor, scales)
@@ -65,21 +67,56 @@ def everything(weight: Tensor, divisor: Tensor, importance: Tensor) -> list[byte
     return bits(tuple(results))
 
 
+@cache
+def computed(name: str, dtype: torch.dtype, backend_name: str, device: str = "cpu") -> list[bytes]:
+    """`everything` of a weight of `weights`."""
+    weight = weights()[name].to(dtype)
+    divisor = global_scale(torch.stack(torch.aminmax(weight)).abs().max().float()).reshape(1)
+    generator = torch.Generator().manual_seed(4)
+    importance = torch.exp(2 * torch.randn(weight.shape[1], generator=generator))
+    importance[::7] = 0
+    with backend.using(backend_name):
+        return everything(*(x.to(device) for x in (weight, divisor, importance)))
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", weights())
 def test_backends_agree(name: str, dtype: torch.dtype, pair: tuple[str, str]) -> None:
     for needed in pair:
-        pytest.importorskip(needed)
-    weight = weights()[name].to(dtype)
-    divisor = global_scale(amax(weight)).reshape(1)
-    generator = torch.Generator().manual_seed(4)
-    importance = torch.exp(2 * torch.randn(weight.shape[1], generator=generator))
-    importance[::7] = 0
+        needs_backend(needed)
+    one, other = (computed(name, dtype, backend_name) for backend_name in pair)
+    assert one == other
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", weights())
+def test_gpu_gives_the_bits_of_the_cpu(name: str, dtype: torch.dtype) -> None:
+    on_cpu = computed(name, dtype, "torch")
+    assert computed(name, dtype, "torch", "cuda") == on_cpu
+    assert computed(name, dtype, "triton", "cuda") == on_cpu
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("exponent", [-120, -30, 4, 20, 40, 110])
+def test_backends_agree_at_the_ends_of_the_range(exponent: int, dtype: torch.dtype, pair: tuple[str, str]) -> None:
+    """Where quotients underflow, remainders do, or nothing does: Triton divides in two ways."""
+    for needed in pair:
+        needs_backend(needed)
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randn(4, 64, generator=generator) * 2.0**exponent
+    weight[:, ::5] *= torch.exp2(torch.randint(-140, 0, (4, 13), generator=generator).float())
+    weight[:, 3:7] = torch.tensor([-0.0, 0.0, 2.0**-133, -(2.0**-149)])
+    weight = weight.to(dtype)
+    divisor = global_scale(torch.stack(torch.aminmax(weight)).abs().max().float())
     results = []
     for one in pair:
         with backend.using(one):
-            results.append(everything(weight, divisor, importance))
+            quantized = quantize_weight(weight, divisor)
+            parts = quantized.packed, quantized.scale, dequantize_weight(quantized, dtype=dtype)
+            results.append(bits((*parts, fake_quantize(weight, divisor), fake_quantize(weight, divisor / 8))))
     assert results[0] == results[1]
 
 
@@ -91,7 +128,9 @@ def test_not_a_number_spoils_its_group_alone(dtype: torch.dtype, every_backend: 
     assert quantized.isnan().nonzero().tolist() == [[1, k] for k in range(16, 32)]
 
 
-def test_threads_change_nothing(every_backend: str) -> None:
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_threads_change_nothing(name: str) -> None:
+    needs_backend(name)
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(300, 4096, generator=generator).bfloat16()
     divisor = global_scale(amax(weight))
@@ -100,9 +139,10 @@ def test_threads_change_nothing(every_backend: str) -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            quantized = quantize_weight(weight, divisor)
-            parts = quantized.packed, quantized.scale, dequantize_weight(quantized), fake_quantize(weight, divisor)
-            results.append(bits(parts))
+            with backend.using(name):
+                quantized = quantize_weight(weight, divisor)
+                restored, activations = dequantize_weight(quantized), fake_quantize(weight, divisor)
+            results.append(bits((quantized.packed, quantized.scale, restored, activations)))
     finally:
         torch.set_num_threads(before)
     assert results[0] == results[1]
@@ -119,10 +159,26 @@ def test_memory_that_is_not_contiguous(every_backend: str) -> None:
     assert dequantize_weight(every_other).equal(dequantize_weight(one)[::2])
 
 
-def test_what_cannot_compute_is_refused() -> None:
+def test_what_cannot_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.resolve("torch", "cuda") == "torch"
     with pytest.raises(ValueError, match="no loops for cuda"):
         backend.resolve("numba", "cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="no loops for cpu"):
+        backend.resolve("triton", "cpu")
+
+
+def test_a_gpu_takes_triton_where_it_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_why_not", backend._why_not.__wrapped__)
+    monkeypatch.setenv("CC", "cc")
+    assert backend.resolve("auto", "cuda") == "triton"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert backend.resolve("auto", "cuda") == "torch"
+    with pytest.raises(ValueError, match="C compiler"):
+        backend.resolve("triton", "cuda")
 
 
 def test_without_numba_torch_computes() -> None:

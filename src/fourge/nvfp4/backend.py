@@ -1,12 +1,15 @@
 """Which loops compute: torch's on any device, or fused ones where they are installed. All give the same bits.
 
 `quantize.py` and `methods/scale_search.py` hold the torch code, which says what is computed; a fused backend is a
-module with the functions of `FusedLoops`. `auto` is the fused one for a tensor's device, if its package can be
-imported; on a GPU there is none. FP16 goes through torch: only sources in FP16 hold it.
+module with the functions of `FusedLoops`. `auto` is the fused one for a tensor's device, where it can run. FP16 goes
+through torch: only sources in FP16 hold it. Triton computes on CPU tensors too, slowly, in its interpreter:
+TRITON_INTERPRET=1, to be set before anything imports it.
 """
 
 import importlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,7 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-FUSED = {"cpu": "numba"}
+FUSED = {"cpu": "numba", "cuda": "triton"}
 """Device type → the backend that has loops for it."""
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float32)
@@ -24,6 +27,9 @@ _chosen = "auto"
 
 class FusedLoops(Protocol):
     """What a backend computes; tensors of one device, `global_scale` FP32 `[]` or `[1]`, K a multiple of 16."""
+
+    def amax(self, x: Tensor) -> Tensor:
+        """See `quantize.amax`; a multiple of 16 values, not none."""
 
     def encode(self, weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
         """`packed` and `scale` of `quantize_weight`."""
@@ -44,14 +50,14 @@ class FusedLoops(Protocol):
 
 
 def resolve(name: str, device_type: str) -> str:
-    """`auto` resolved for a device; ValueError where the backend `name` has no loops for it or is not installed."""
+    """`auto` resolved for a device; ValueError where the backend `name` has no loops for it or cannot run."""
     fused = FUSED.get(device_type, "torch")
     if name == "auto":
-        return fused if _installed(fused) else "torch"
-    if name not in ("torch", fused):
+        return "torch" if _why_not(fused) else fused
+    if name not in ("torch", fused) and not (name == "triton" and _interpreting()):
         raise ValueError(f"has no loops for {device_type}; use torch or auto")
-    if not _installed(name):
-        raise ValueError(f"is not installed; pip install '{name}', or use torch")
+    if why := _why_not(name):
+        raise ValueError(why)
     return name
 
 
@@ -81,8 +87,18 @@ def fused_loops(device: torch.device, dtype: torch.dtype) -> FusedLoops | None:
 
 
 @cache
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def _why_not(name: str) -> str | None:
+    """What keeps a backend from running here, and the mend."""
+    if importlib.util.find_spec(name) is None:
+        return f"is not installed; pip install '{name}', or use torch"
+    compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
+    if name == "triton" and not _interpreting() and not any(compilers):
+        return "builds its launcher with a C compiler and finds none; install gcc, set CC, or use torch"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

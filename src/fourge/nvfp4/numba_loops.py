@@ -18,6 +18,11 @@ _FEWEST_VALUES = 1 << 18
 _PARTS_PER_THREAD = 4  # one that is held up leaves the rest to the others
 
 
+def amax(x: Tensor) -> Tensor:
+    """See `FusedLoops`; a loop of numba's is slower than torch's."""
+    return torch.stack(torch.aminmax(x)).abs().max().float()
+
+
 def encode(weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `FusedLoops`."""
     rows, columns = weight.shape

@@ -1,0 +1,113 @@
+"""The fused loops on CUDA tensors, launched: see `triton_kernels.py`. In Triton's interpreter, on CPU tensors too."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fourge.nvfp4 import triton_interpreter
+from fourge.nvfp4 import triton_kernels as kernels
+from fourge.nvfp4.quantize import GROUP_SIZE
+
+_INTERPRETED = triton.knobs.runtime.interpret
+if _INTERPRETED:
+    triton_interpreter.correct()
+
+_GROUPS = 512 if _INTERPRETED else 128
+"""Groups a program; the interpreter takes its time for every program, whatever its size."""
+
+_SEARCHED_GROUPS = 2048 if _INTERPRETED else 32
+"""Fewer in a search, one warp: they wait for the last of them."""
+
+_WARP = 32
+
+
+def amax(x: Tensor) -> Tensor:
+    """See `FusedLoops`."""
+    count = x.numel() // GROUP_SIZE
+    partial = torch.empty(triton.cdiv(count, _GROUPS), dtype=torch.int32, device=x.device)
+    _launch(kernels.largest, count, _GROUPS, _words(x), partial)
+    return partial.max().view(torch.float32)
+
+
+def encode(weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `FusedLoops`."""
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    codes = torch.empty(rows, columns // GROUP_SIZE, dtype=torch.uint8, device=weight.device)
+    divisor = _scalar(global_scale, weight)
+    chosen = divisor if scales is None else _aligned(scales.float())
+    arguments = _words(weight), divisor, chosen, packed, codes
+    _launch(kernels.encode, codes.numel(), _GROUPS, *arguments, given=scales is not None)
+    return packed, codes.view(torch.float8_e4m3fn)
+
+
+def decode(packed: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `FusedLoops`."""
+    result = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=dtype, device=packed.device)
+    arguments = _aligned(packed), _codes(scale), _scalar(global_scale, packed), result
+    _launch(kernels.decode, scale.numel(), _GROUPS, *arguments)
+    return result
+
+
+def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
+    """See `FusedLoops`."""
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(kernels.fake_quantize, x.numel() // GROUP_SIZE, _GROUPS, _words(x), _scalar(global_scale, x), result)
+    return result
+
+
+def squared_errors(weight: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See `FusedLoops`."""
+    errors, norms = (torch.empty(scale.shape, dtype=torch.float32, device=weight.device) for _ in range(2))
+    arguments = _words(weight), _aligned(packed), _codes(scale), _scalar(global_scale, weight), errors, norms
+    _launch(kernels.squared_errors, scale.numel(), _GROUPS, *arguments)
+    return errors, norms
+
+
+def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
+    """See `FusedLoops`."""
+    rows, groups = weight.shape[0], weight.shape[1] // GROUP_SIZE
+    scales, errors = (torch.empty(rows, groups, dtype=torch.float32, device=weight.device) for _ in range(2))
+    tried = torch.tensor(offsets, dtype=torch.int32, device=weight.device)
+    arguments = _words(weight), _scalar(global_scale, weight), _aligned(h), tried, scales, errors
+    _launch(
+        kernels.search,
+        rows * groups,
+        _SEARCHED_GROUPS,
+        *arguments,
+        groups_a_row=groups,
+        trials=len(offsets),
+        lowest=min(offsets),
+    )
+    return scales, errors
+
+
+def _launch(kernel: Any, count: int, groups: int, *arguments: Tensor, **named: int | bool) -> None:
+    """Runs a kernel over `count` groups, on the device of its first argument; a thread a group."""
+    if not count:
+        return
+    named |= {"count": count, "groups": groups, "num_warps": max(1, groups // _WARP)} | kernels.OPTIONS
+    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
+        kernel[(triton.cdiv(count, groups),)](*arguments, **named)
+
+
+def _words(x: Tensor) -> Tensor:
+    """The memory of BF16 or FP32 `x` in words of two values."""
+    return _aligned(x).view(torch.int32 if x.dtype == torch.bfloat16 else torch.int64)
+
+
+def _codes(scale: Tensor) -> Tensor:
+    return _aligned(scale.contiguous().view(torch.uint8))
+
+
+def _scalar(x: Tensor, beside: Tensor) -> Tensor:
+    """FP32 `[]` or `[1]` as it is handed to a kernel: by its place, so that nobody waits for its value."""
+    return x.detach().to(beside.device, torch.float32).reshape(1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied only where it is not contiguous or does not begin at a multiple of 16 bytes."""
+    x = x.detach().contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
