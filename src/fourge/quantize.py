@@ -29,6 +29,8 @@ class QuantizeResult:
     seconds: float
     peak_resident_bytes: int
     continued: bool
+    device: str
+    backend: str
 
 
 def quantize(
@@ -148,4 +150,6 @@ def quantize(
         seconds=time.monotonic() - began,
         peak_resident_bytes=peak_resident_bytes(),
         continued=job.continued,
+        device=settings.device,
+        backend=settings.backend,
     )

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from fourge.nvfp4 import e2m1, e4m3, reference
 from fourge.nvfp4.quantize import amax, dequantize_weight, fake_quantize, global_scale, group_scales, quantize_weight
 
-pytestmark = pytest.mark.usefixtures("every_backend")
+pytestmark = [
+    pytest.mark.usefixtures("every_backend"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy, as Triton's interpreter
+]
 WEIGHTS = preset_name_to_scheme("NVFP4", ["Linear"]).weights
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 MODERATE = st.floats(width=32, min_value=-1.0, max_value=1.0)

@@ -43,6 +43,7 @@ def quantize_summary(result: "QuantizeResult") -> str:
         lines.append("  fidelity     not measured (no probe sequences)")
     else:
         lines += fidelity_lines(result.fidelity)
+    lines.append(f"  computed     on {result.device}, NVFP4 by {result.backend}'s loops")
     lines.append(
         f"  took         {format_seconds(result.seconds)}, peak memory {format_bytes(result.peak_resident_bytes)}"
         + (" (continued)" if result.continued else "")
