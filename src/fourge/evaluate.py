@@ -53,7 +53,7 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub --baseline.")] = None,
     suite: Annotated[str | None, typer.Option(help="openllm-v1, hermes4 or smoke.")] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="lm-eval's names of tasks, groups or tags; commas or repeated.")
+        list[str] | None, typer.Option(help="lm-eval's names of tasks, groups or tags; with --suite, only those of it.")
     ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option("--num-fewshot", "--num_fewshot", min=0, help="Shots for --tasks.")

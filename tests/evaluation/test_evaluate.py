@@ -415,7 +415,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"--tasks arc_challange: lm-eval has no such task; did you mean arc",
     ),
     "no tasks": ({}, "name the tasks: --suite"),
-    "two ways": ({"tasks": ["gsm8k"], "suite": "smoke"}, "name the tasks: --suite"),
+    "not of the suite": ({"tasks": ["sciq,gsm8k"], "suite": "smoke"}, "--tasks gsm8k: suite smoke has no such task"),
     "no such suite": ({"suite": "tiny"}, "--suite tiny: not known"),
     "shots of a suite": ({"suite": "smoke", "num_fewshot": 3}, "--num-fewshot: suite smoke has its own"),
     "no items": ({"suite": "smoke", "limit": 0}, "--limit 0: give a whole number of items, or a share"),

@@ -1,11 +1,12 @@
 """Suites: lm-eval has every task, score and filter that they name; the leaderboard's shots are the published ones."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fourge.errors import InputError
-from fourge.evaluation.suites import HERMES4, OPENLLM_V1, SMOKE, SUITES, Suite, SuiteTask, find_suite
+from fourge.evaluation.suites import HERMES4, OPENLLM_V1, SMOKE, SUITES, Suite, SuiteTask, find_suite, part_of_suite
 from fourge.evaluation.tasks import TaskChoice, TaskIndex, suite_choices
 
 CARD = {
@@ -91,6 +92,12 @@ def test_a_train_of_thought_has_room_and_no_stop_string() -> None:
                 "temperature": 0.0,
                 "max_gen_toks": room,
             }
+
+
+def test_a_part_of_a_suite_keeps_its_settings() -> None:
+    part = part_of_suite("smoke", ["sciq", "hellaswag"])
+    assert [task.task for task in part.tasks] == ["hellaswag", "sciq"]
+    assert replace(part, tasks=SMOKE.tasks) == SMOKE and all(task in SMOKE.tasks for task in part.tasks)
 
 
 def test_an_unknown_suite_is_told_the_known_ones() -> None:

@@ -142,6 +142,12 @@ def test_both_thinking_modes_are_shown(hermes: Path) -> None:
     assert ".fourge/evaluate/my_task/thinking-on/evaluation.json" in text
 
 
+def test_part_of_a_suite_is_named_as_part(hermes: Path) -> None:
+    tasks = evaluation()["tasks"]
+    change(hermes / EVALUATION, ("tasks",), tasks[:2])
+    assert "\n### openllm-v1 (2 of its 6 tasks)\n" in card_text(hermes)
+
+
 def test_the_datasets_id_is_from_lm_evals_results(hermes: Path) -> None:
     configs = {
         "gsm8k": {"dataset_path": "openai/gsm8k", "dataset_name": "main"},

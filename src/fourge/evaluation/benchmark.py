@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fourge.errors import InputError
-from fourge.evaluation.suites import Suite, Thinking, find_suite
+from fourge.evaluation.suites import Suite, Thinking, find_suite, part_of_suite
 from fourge.evaluation.task_data import Need, TaskData
 from fourge.evaluation.tasks import TaskChoice, TaskIndex, suite_choices
 
@@ -88,14 +88,16 @@ def choose_benchmark(
     data: TaskData | None,
     include_path: Path | None = None,
 ) -> Benchmark:
-    """The benchmark of `--suite` or `--tasks`; InputError for both, neither, or names that nobody knows.
+    """The benchmark of `--suite`, of `--tasks`, or of both: those of the suite's tasks, under its settings.
 
-    `include_path` is a folder with task files beside lm-eval's own, for `tasks`.
+    `include_path` is a folder with task files beside lm-eval's own, for `tasks` without a suite. Raises InputError for
+    neither, and for names that nobody knows.
     """
-    if (suite is None) == (not tasks):
+    names = [name.strip() for text in tasks or () for name in text.split(",") if name.strip()]
+    if suite is None and not names:
         raise InputError("name the tasks: --suite openllm-v1, hermes4 or smoke, or --tasks with lm-eval's names")
     if suite is not None:
-        chosen = find_suite(suite)
+        chosen = find_suite(suite) if not names else part_of_suite(suite, names)
         if include_path is not None:
             raise InputError(f"--include-path: suite {suite} is of lm-eval's own tasks; use --tasks for other ones")
         if prompts.num_fewshot is not None:
@@ -103,7 +105,6 @@ def choose_benchmark(
         index = TaskIndex([task.task for task in chosen.tasks])
         resolved = prompts.resolved(chosen.apply_chat_template, chosen.fewshot_as_multiturn)
         return Benchmark(suite, chosen, index, (), resolved, data).in_mode(None)
-    names = [name.strip() for text in tasks or () for name in text.split(",") if name.strip()]
     index = TaskIndex(names, include_path)
     choices = tuple(TaskChoice(name) for name in index.expand(names))
     # lm-eval's own default: several turns wherever there is a template.

@@ -1,7 +1,7 @@
 """Suites as data: which of lm-eval's tasks, with how many shots, which score, under which settings."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fourge.errors import InputError
@@ -125,6 +125,16 @@ def find_suite(name: str) -> Suite:
     if name not in SUITES:
         raise InputError(f"--suite {name}: not known; there are {', '.join(SUITES)}, or name lm-eval's with --tasks")
     return SUITES[name]
+
+
+def part_of_suite(name: str, tasks: Sequence[str]) -> Suite:
+    """A suite with some of its tasks alone, in its own order; InputError for names that it does not have."""
+    suite = find_suite(name)
+    known = [task.task for task in suite.tasks]
+    for task in tasks:
+        if task not in known:
+            raise InputError(f"--tasks {task}: suite {name} has no such task; it has {', '.join(known)}")
+    return replace(suite, tasks=tuple(task for task in suite.tasks if task.task in tasks))
 
 
 def known_folders() -> dict[str, str]:

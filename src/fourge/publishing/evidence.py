@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fourge.checkpoint.folder import CONFIG, INDEX, PROVENANCE
 from fourge.errors import InputError
 from fourge.evaluation.runs import ROLES, Run
+from fourge.evaluation.suites import SUITES
 from fourge.progress import format_binary
 
 if TYPE_CHECKING:
@@ -70,8 +71,11 @@ class StoredEvaluation:
 
     @property
     def name(self) -> str:
-        """The suite, or the folder's name where tasks were named one by one; with the thinking mode, if there was."""
-        benchmark = str(self.content["suite"] or self.place.parts[0])
+        """The suite, and how much of it; where tasks were named one by one, they. With the thinking mode, if any."""
+        suite = self.content["suite"]
+        benchmark = self.place.parts[0].replace("+", ", ") if suite is None else str(suite)
+        if suite in SUITES and len(self.content["tasks"]) < len(SUITES[suite].tasks):
+            benchmark += f" ({len(self.content['tasks'])} of its {len(SUITES[suite].tasks)} tasks)"
         thinking = self.content["settings"].get("thinking")
         return benchmark if thinking is None else f"{benchmark}, thinking {thinking}"
 
