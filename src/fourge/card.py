@@ -31,6 +31,9 @@ def card(
         str | None, typer.Option(help="The source's hub repository, where it was quantized from a local path.")
     ] = None,
     quantized_by: Annotated[str | None, typer.Option(help="The hub user or organisation that publishes it.")] = None,
+    repository: Annotated[
+        str | None, typer.Option(help="ORG/NAME that it is pushed to [default: --quantized-by and the folder's name].")
+    ] = None,
     reference: Annotated[
         list[Path] | None, typer.Option(help="JSON file of scores from elsewhere, with their source; repeated.")
     ] = None,
@@ -50,11 +53,13 @@ def card(
     from fourge.sbom import sbom as write_sbom
 
     output = Path(output)  # a script may well give a string
-    if base_model is not None:
-        require_repository_name(base_model)
+    for named in (base_model, repository):
+        if named is not None:
+            require_repository_name(named)
     options = CardOptions(
         base_model=base_model,
         quantized_by=quantized_by,
+        repository=repository,
         references=tuple(read_reference(Path(path)) for path in reference or ()),
         template=None if template is None else _read_template(Path(template)),
     )

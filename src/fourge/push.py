@@ -52,7 +52,7 @@ def push(
     require_repository_name(repository)
     if not dry_run:
         require_token()
-    _require_card(output)
+    _require_card(output, repository)
     published_files(output)  # what must not be published is refused before the long verification
     report = verify(output, threads=threads)
     failed = tuple(check.name for check in report.checks if check.status == "failed")
@@ -71,14 +71,24 @@ def push(
     return PushResult(output, repository, revision, url, files, sum(files.values()), failed, dry_run)
 
 
-def _require_card(output: Path) -> None:
+def _require_card(output: Path, repository: str) -> None:
+    """A card of ours, whose commands load what is pushed."""
     from fourge.checkpoint.folder import CARD, has_own_card
+    from fourge.publishing.card_model import model_of
 
     if not output.is_dir():
         raise InputError(f"{output}: no such directory; give the one that `fourge quantize` wrote")
     if not has_own_card(output):
         state = "is the source's" if (output / CARD).is_file() else "is missing"
-        raise InputError(f"{output / CARD} {state}: write the model card first, with `fourge card {output}`")
+        raise InputError(
+            f"{output / CARD} {state}: write the model card first, with `fourge card {output} --repository {repository}`"
+        )
+    model = model_of((output / CARD).read_text(encoding="utf-8"))
+    if model not in (None, repository):
+        raise InputError(
+            f"{output / CARD} tells its readers to load {model}: write it anew for what is pushed, with "
+            f"`fourge card {output} --repository {repository}`"
+        )
 
 
 def _say_in_card(output: Path, failed: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from stand_in_hub import StandInHub
 from typer.testing import CliRunner
 
+import fourge
 from fourge import InputError
 from fourge.cli import app
 from fourge.publishing.notice import BEGIN, with_notice
@@ -145,12 +146,27 @@ def test_the_notice_goes_in_and_comes_out_again(card: str, failures: list[str]) 
 
 def test_without_a_card_of_ours_the_command_for_it_is_named(output: Path, hub: StandInHub) -> None:
     (output / "README.md").write_text("# The source's card")
-    with pytest.raises(InputError, match=f"is the source's: .* `fourge card {output}`"):
+    with pytest.raises(InputError, match=f"is the source's: .* `fourge card {output} --repository org/model`"):
         push(output, "org/model", force=True, threads=1)
     (output / "README.md").unlink()
     with pytest.raises(InputError, match="is missing: write the model card first"):
         push(output, "org/model", force=True, threads=1)
     assert not hub.requests
+
+
+def test_a_card_for_another_name_is_not_pushed(output: Path, hub: StandInHub) -> None:
+    """Its title and its commands would name what nobody can load."""
+    fourge.card(output, quantized_by="org")
+    with pytest.raises(InputError, match=f"to load org/out: .* `fourge card {output} --repository org/model`"):
+        push(output, "org/model", force=True, threads=1)
+    assert not hub.requests
+    fourge.card(output, repository="org/model")
+    fourge.page(output, no_histograms=True)
+    push(output, "org/model", threads=1)
+    card, page = (received(hub)[name].decode() for name in ("README.md", "fourge.html"))
+    assert "\n# model\n" in card and "vllm serve org/model " in card and "<h1>model</h1>" in page
+    fourge.card(output)
+    assert (output / "README.md").read_text() == card, "what was said once is remembered"
 
 
 def test_keys_and_links_out_of_the_directory_stay_here(output: Path, hub: StandInHub, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fourge.publishing.card_model import repository_of
 from fourge.publishing.card_reference import Reference
 from fourge.publishing.evidence import Evidence
 from fourge.publishing.source_card import SourceCard
@@ -16,6 +17,7 @@ class CardOptions:
 
     base_model: str | None = None
     quantized_by: str | None = None
+    repository: str | None = None
     references: tuple[Reference, ...] = ()
     template: str | None = None
 
@@ -33,18 +35,28 @@ class CardFacts:
         return self.evidence.output
 
     @property
+    def repository(self) -> str | None:
+        """Where it will be published: as the owner says now, or said before unless now it is somebody else's."""
+        before = repository_of(self.source_card.ours_text)
+        if self.options.quantized_by is not None and before is not None:
+            before = before if before.startswith(f"{self.options.quantized_by}/") else None
+        return self.options.repository or before
+
+    @property
     def name(self) -> str:
-        """The model's name: that of its folder."""
-        return self.output.resolve().name
+        """The model's name: that of its repository, else of its folder."""
+        return self.repository.partition("/")[2] if self.repository else self.output.resolve().name
 
     @property
     def model_id(self) -> str:
         """What an engine is told to load: the hub's id where it is known whose it will be, else the folder's name."""
-        return f"{self.quantized_by}/{self.name}" if self.quantized_by else self.name
+        return self.repository or (f"{self.quantized_by}/{self.name}" if self.quantized_by else self.name)
 
     @property
     def quantized_by(self) -> str | None:
-        return self.options.quantized_by or self.source_card.ours.get("quantized_by")
+        """Who publishes it: as the owner says now, or whose the repository is, or as the owner said before."""
+        named = self.options.quantized_by or (self.options.repository or "").partition("/")[0]
+        return named or self.source_card.ours.get("quantized_by")
 
     @property
     def base_model(self) -> str | None:

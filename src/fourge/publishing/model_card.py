@@ -12,6 +12,7 @@ from fourge.publishing.card_details import details
 from fourge.publishing.card_errors import PICTURE, draw_layer_errors, has_matplotlib, layer_errors
 from fourge.publishing.card_limits import limitations
 from fourge.publishing.card_metadata import card_data
+from fourge.publishing.card_model import model_comment
 from fourge.publishing.card_options import CardFacts, CardOptions
 from fourge.publishing.card_overview import base_model_text, overview
 from fourge.publishing.card_owner import OwnerTexts, read_owner_texts
@@ -121,7 +122,8 @@ def render_card(card: CardFacts, sections: Mapping[str, Section], owner: OwnerTe
         },
     )
     front = card_data(card).to_yaml(line_break="\n")
-    return str(ModelCard(f"---\n{front}\n---\n\n{_NOTICE}\n\n{owner.add_unplaced(body)}"))
+    notice = f"{_NOTICE}\n{model_comment(card.model_id)}"
+    return str(ModelCard(f"---\n{front}\n---\n\n{notice}\n\n{owner.add_unplaced(body)}"))
 
 
 def draw_picture(evidence: Evidence, name: str) -> bytes | None:

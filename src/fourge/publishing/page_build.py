@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from fourge.checkpoint.folder import CARD, has_own_card
 from fourge.checkpoint.reader import Checkpoint
+from fourge.publishing.card_model import repository_of
 from fourge.publishing.evidence import Evidence
 from fourge.publishing.page_activations import activations_section, read_input_ranges
 from fourge.publishing.page_costs import costs_section
@@ -24,6 +26,13 @@ class BuiltPage:
     findings: dict[str, str]
 
 
+def _name(evidence: Evidence) -> str:
+    """The model's name: that of the repository for which the card was written, if it was, else of the folder."""
+    card = evidence.output / CARD
+    repository = repository_of(card.read_text(encoding="utf-8")) if has_own_card(evidence.output) else None
+    return repository.partition("/")[2] if repository else evidence.output.resolve().name
+
+
 def build_page(
     evidence: Evidence, *, with_histograms: bool, max_flips: int, refresh_seconds: int | None = None
 ) -> BuiltPage:
@@ -41,7 +50,7 @@ def build_page(
         ranges = read_input_ranges(checkpoint)
         if with_histograms:
             histogram, why_not = count_weights(checkpoint), "No Linear of this checkpoint is in NVFP4"
-    title = evidence.output.resolve().name
+    title = _name(evidence)
     sections = [
         recovery_section(evidence),
         errors_section(evidence, ranges),
