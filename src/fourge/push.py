@@ -78,16 +78,14 @@ def _require_card(output: Path, repository: str) -> None:
 
     if not output.is_dir():
         raise InputError(f"{output}: no such directory; give the one that `fourge quantize` wrote")
+    mend = f"`fourge card {output} --repository {repository}`"
     if not has_own_card(output):
         state = "is the source's" if (output / CARD).is_file() else "is missing"
-        raise InputError(
-            f"{output / CARD} {state}: write the model card first, with `fourge card {output} --repository {repository}`"
-        )
+        raise InputError(f"{output / CARD} {state}: write the model card first, with {mend}")
     model = model_of((output / CARD).read_text(encoding="utf-8"))
     if model not in (None, repository):
         raise InputError(
-            f"{output / CARD} tells its readers to load {model}: write it anew for what is pushed, with "
-            f"`fourge card {output} --repository {repository}`"
+            f"{output / CARD} tells its readers to load {model}: write it anew for what is pushed, with {mend}"
         )
 
 
