@@ -87,6 +87,7 @@ def test_scores_are_those_of_the_hf_engine(
         baseline_url=serve(server), numerics="BF16", batch_size=concurrency, output=tmp_path / "served", **options
     ).evaluations[0]
     assert (content["engine"]["name"], content["engine"]["numerics"]) == ("vllm", "BF16")
+    assert content["machine"] is None, "that of the server is not known"
     # BOS once, whether the template writes it or the tokenizer does.
     assert all(prompt.count(1) == 1 and prompt[0] == 1 for prompt in server.prompts)
     for row in fourge.compare(tmp_path / "hf" / "baseline", tmp_path / "served" / "baseline").tasks:

@@ -398,6 +398,13 @@ def finished(quantized: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(quantized[1], tmp_path / "pico-NVFP4"))
 
 
+def test_whose_word_the_base_model_is(finished: Path) -> None:
+    text = card_text(finished, base_model="someone/pico")
+    said = "as its owner says of the local copy `source`; the digests of its files are in `fourge.json`"
+    assert f"[someone/pico](https://huggingface.co/someone/pico), {said} |" in text
+    assert "fourge quantize source --output pico-NVFP4" in text, "the repository's files may be others"
+
+
 def test_verify_passes_with_the_card_there(quantized: tuple[Path, Path], finished: Path) -> None:
     result = fourge.card(finished, base_model="someone/pico")
     assert result.card.read_text() != SOURCE_CARD
@@ -411,6 +418,8 @@ def test_a_real_jobs_figures(finished: Path) -> None:
     fidelity = json.loads((finished / ".fourge/job.json").read_text())["result"]["fidelity"]
     seconds = sum(json.loads(line)["seconds"] for line in (finished / ".fourge/metrics.jsonl").read_text().splitlines())
     assert f"{size:,} bytes" in text
+    assert "second moments; 14 Linears another way, as recorded below; input scales" in text
+    assert "weighted search instead (8 ×)" in text
     assert "**Calibration set** | random tokens" in text and "held-out tokens of random tokens" in text
     assert row(text, "Perplexity, this model")[1].startswith(f"{fidelity['perplexity_nvfp4']['mean']:,.3f}")
     assert f"**Time** | {round(seconds)}s for 4 steps" in text

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from page_job import HOSTILE, ITEMS, TASK, add_evaluation, quantize_pico
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import fourge
 from fourge.cli import app
 from fourge.errors import InputError
+from fourge.publishing.page_axes import power
 from fourge.publishing.page_build import build_page
 from fourge.publishing.page_live import follow
 
@@ -94,6 +96,13 @@ def test_tokens_are_counted_by_their_divergence(job: Path, read: _Reader) -> Non
     assert low <= fidelity["kl_div"]["mean"] * fidelity["kl_div"]["tokens"] <= high
 
 
+def test_an_axis_of_powers_is_read_without_exponents(job: Path) -> None:
+    assert [power(value) for value in (0.0, 2.0**-10, 0.5, 4.0, float("inf"))] == ["0", "1/1,024", "1/2", "4", "∞"]
+    figure = (job / "fourge.html").read_text().partition('id="divergence"')[2].partition("</svg>")[0]
+    edges = re.findall(r'class="tick">([^<%]+)</text>', figure)
+    assert edges and "1/2" in edges and all(re.fullmatch(r"0|∞|\d+|1/[\d,]+", edge) for edge in edges)
+
+
 def test_codes_and_scales_are_counted_as_they_lie_in_the_files(job: Path, read: _Reader) -> None:
     values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
     codes: Counter[float] = Counter()
@@ -119,25 +128,19 @@ def test_the_heading_counts_only_benchmarks_that_can_show_damage(job: Path, tmp_
     shutil.copytree(job, copy)
     path = copy / ".fourge/evaluate/animals/evaluation.json"
     content = json.loads(path.read_text())
-    heading = fourge.page(copy, no_histograms=True).findings["Recovery"]
-    assert heading == "No benchmark can show damage: the baseline is nowhere above chance"
+
+    def heading(**changes: Any) -> str:
+        content["tasks"][0] |= changes
+        path.write_text(json.dumps(content))
+        return fourge.page(copy, no_histograms=True).findings["Recovery"]
+
+    assert heading() == "No benchmark can show damage: the baseline is nowhere above chance"
     assert "66.7" not in (copy / "fourge.html").read_text(), "the ratio of two guesses is no recovery"
-    content["tasks"][0] |= {"at_chance": False, "recovery": {"value": 0.9, "se": 0.04}, "holm_p": 0.06}
-    path.write_text(json.dumps(content))
-    assert (
-        fourge.page(copy, no_histograms=True).findings["Recovery"].startswith("None of 1 benchmark above chance falls")
-    )
-    content["tasks"][0]["holm_p"] = 0.04
-    path.write_text(json.dumps(content))
-    assert fourge.page(copy, no_histograms=True).findings["Recovery"].startswith("1 of 1 benchmark above chance falls")
-    content["tasks"][0]["holm_p"] = None
-    path.write_text(json.dumps(content))
-    assert fourge.page(copy, no_histograms=True).findings["Recovery"].startswith("1 of 1 benchmark above chance falls")
-    content["tasks"][0]["recovery"]["se"] = 0.06
-    path.write_text(json.dumps(content))
-    assert (
-        fourge.page(copy, no_histograms=True).findings["Recovery"].startswith("None of 1 benchmark above chance falls")
-    )
+    kept, lost = (f"The one benchmark above chance {falls} significantly" for falls in ("does not fall", "falls"))
+    assert heading(at_chance=False, recovery={"value": 0.9, "se": 0.04}, holm_p=0.06).startswith(kept)
+    assert heading(holm_p=0.04).startswith(lost)
+    assert heading(holm_p=None).startswith(lost)
+    assert heading(recovery={"value": 0.9, "se": 0.06}).startswith(kept)
 
 
 def test_flips_are_the_items_on_which_the_models_part(read: _Reader) -> None:

@@ -21,6 +21,7 @@ from fourge.evaluation.runs import Run, open_run
 from fourge.evaluation.suites import Thinking
 from fourge.progress import announced, peak_resident_bytes
 from fourge.walk.job import FOLDER
+from fourge.walk.machine import describe_machine
 
 if TYPE_CHECKING:
     from fourge.evaluation.requests import Results, Role
@@ -242,6 +243,7 @@ class EvaluationRun:
                 "device": "a server" if served else self.computing.device,
                 "versions": {"fourge": __version__} | {name: version(package) for name, package in packages.items()},
             },
+            "machine": None if served else describe_machine(self.computing.device),
             "models": self.models.described(),
             "settings": {
                 "apply_chat_template": prompts.apply_chat_template,

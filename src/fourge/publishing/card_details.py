@@ -16,11 +16,14 @@ _METHODS = {
     "search": "search: scales that give the smallest error",
     "gptq": "GPTQ: error fed back by the inputs' second moments",
     "replay": "replay: codes and scales chosen together against the inputs' second moments",
+    "tuned": "tuned: GPTQ of weights that make up for the rounding before them",
 }
 _MADE = {"self": "text sampled from the base model", "random": "random tokens"}
 """What a calibration set that lies in no file was, by its kind."""
 _RECIPE = "recipe.json"
 _LONGEST_RECIPE = 2000
+_INSTEAD = "instead"
+"""In the name of an event that says that Linears were quantized by another method than the one asked for."""
 _UNSAID = ("model", "revision", "device", "threads")
 """Not in the command as they stand: the model and its commit have their own place, and where it ran is no recipe."""
 
@@ -37,7 +40,7 @@ def details(card: CardFacts) -> Section:
             "Quantization details", f"{said}{left}{again}", missing="fourge.json, which fourge quantize writes"
         )
     rows = [
-        ("Method", _method(settings)),
+        ("Method", _method(card, settings)),
         *_data_rows(card, settings),
         ("Left unquantized", ", ".join(f"`{name}`" for name in settings["ignore"]) or "nothing"),
         ("Quantized", ", ".join(f"`{name}`" for name in settings["targets"])),
@@ -52,7 +55,8 @@ def details(card: CardFacts) -> Section:
 
 def reproduction(card: CardFacts, settings: Mapping[str, Any]) -> str:
     """The command line with every setting spelled out, so that no default need stay what it was."""
-    model = card.base_model or without_folder(str(settings["model"]))
+    recorded = (card.evidence.provenance or {}).get("source", {}).get("repository")
+    model = recorded or without_folder(str(settings["model"]))
     arguments = ["fourge", "quantize", model, "--output", card.name]
     if card.revision is not None:
         arguments += ["--revision", card.revision]
@@ -91,10 +95,13 @@ def calibration_text(data: Mapping[str, Any]) -> str:
     return plain(shown) + (f" ({', '.join(known)})" if known else "")
 
 
-def _method(settings: Mapping[str, Any]) -> str:
+def _method(card: CardFacts, settings: Mapping[str, Any]) -> str:
     parts = [_METHODS.get(settings["method"], settings["method"])]
     if settings.get("recipe_file"):
         parts.append("scheme and method of some Linears by the recipe file below")
+    otherwise = sum(len(event["linears"]) for event in card.evidence.events if _INSTEAD in event["event"])
+    if otherwise:
+        parts.append(f"{otherwise} Linears another way, as recorded below")
     if settings["scheme"] == "NVFP4":
         parts.append(f"input scales for {settings['input_headroom']:g} times the calibrated range")
     if settings.get("smooth"):
@@ -109,7 +116,7 @@ def _data_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, 
     if data is None:
         return [("Calibration set", "none: weights only" if settings["calibration"] == "none" else "not recorded")]
     rows = [("Calibration set", calibration_text(data))]
-    for role, name in (("calibration", "Calibration"), ("validation", "Validation"), ("probe", "Probe (held out)")):
+    for role, name in (("calibration", "Calibration"), ("validation", "Validation"), ("probe", "Probe")):
         found = data.get(role)
         if found is not None and found["sequences"]:
             text = f"{found['sequences']:,} samples of at most {data['max_seq_length']:,} tokens, {found['tokens']:,} "

@@ -19,7 +19,7 @@ _SCHEMES = {
 def overview(card: CardFacts) -> Section:
     """Base model, parameters, architecture, scheme, format, sizes, context, licence."""
     rows = [
-        ("Base model", base_model_text(card)),
+        ("Base model", f"{base_model_text(card)}{_local_copy(card)}"),
         *_model_rows(card),
         ("Format", _format(card)),
         *_size_rows(card),
@@ -39,6 +39,15 @@ def base_model_text(card: CardFacts) -> str:
     settings = card.evidence.settings
     asked = "its repository is not recorded: name it with `fourge card OUT --base-model ORG/NAME`"
     return asked if settings is None else f"`{plain(str(settings['model']).rstrip('/').rpartition('/')[2])}` ({asked})"
+
+
+def _local_copy(card: CardFacts) -> str:
+    """Said where only the owner knows that what was quantized, a local folder, is that repository's."""
+    source = (card.evidence.provenance or {}).get("source", {})
+    if card.base_model is None or not source or source.get("repository") is not None:
+        return ""
+    name = plain(str(source["name"]).rstrip("/").rpartition("/")[2])
+    return f", as its owner says of the local copy `{name}`; the digests of its files are in `fourge.json`"
 
 
 def licence_text(card: CardFacts) -> str:

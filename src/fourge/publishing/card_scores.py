@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fourge.progress import format_seconds
+from fourge.progress import format_bytes, format_seconds
 from fourge.publishing.card_details import calibration_text
 from fourge.publishing.card_options import CardFacts
 from fourge.publishing.card_reference import Reference
 from fourge.publishing.card_section import Section, Trace
-from fourge.publishing.evidence import StoredEvaluation
+from fourge.publishing.evidence import StoredEvaluation, machine_text
 from fourge.publishing.markdown import NONE, bullets, code, estimate, percent, plain, shared_command, table
 from fourge.report.evaluation_text import joined_notes, shown_recovery
 
@@ -102,15 +102,8 @@ def _task_row(found: StoredEvaluation, task: Mapping[str, Any], tasks: _Tasks, u
     metric = task["metric"] if task["filter"] == "none" else f"{task['metric']} ({task['filter']})"
     shots_text = NONE if task["num_fewshot"] is None else str(task["num_fewshot"])
     flips = [NONE if task[key] is None else str(task[key]) for key in ("only_baseline", "only_quantized")]
-    row = [task["task"], shots_text, metric, _items(found, task), *_scores(task, tasks), *flips]
+    row = [task["task"], shots_text, metric, found.items_text(task) or NONE, *_scores(task, tasks), *flips]
     return row + [_reference_cell(reference, task, found.content["settings"]) for reference in used]
-
-
-def _items(found: StoredEvaluation, task: Mapping[str, Any]) -> str:
-    """`24 of 1,000` where a limit left items out."""
-    asked = found.asked(task["task"])
-    whole = f" of {asked[1]:,}" if asked is not None and found.is_subset(task["task"]) else ""
-    return f"{task['items']:,}{whole}" if task["items"] else NONE
 
 
 def _mean_row(name: str, mean: Mapping[str, Any], tasks: _Tasks, references: int) -> list[str]:
@@ -163,16 +156,19 @@ def _settings(content: Mapping[str, Any]) -> str:
     engine, settings = content["engine"], content["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
     told = [f"{name} {plain(str(value))}" for name, value in settings.items() if value not in (None, {}, [])]
-    took = format_seconds(content["cost"]["seconds"])
+    cost, machine = content["cost"], content.get("machine")
+    where = "" if machine is None else f" ({plain(machine_text(machine))})"
     return (
-        f"Engine {engine['name']}, {engine['numerics']}, {engine['compute_dtype']} on {engine['device']}; "
-        f"{', '.join(told)}; {versions}; took {took}; {content['created'][:10]}:"
+        f"Engine {engine['name']}, {engine['numerics']}, {engine['compute_dtype']} on {engine['device']}{where}; "
+        f"{', '.join(told)}; {versions}; took {format_seconds(cost['seconds'])}, peak memory "
+        f"{format_bytes(cost['peak_resident_bytes'])}; {content['created'][:10]}:"
     )
 
 
 def _traces(card: CardFacts) -> tuple[Trace, ...]:
     traces = [
-        Trace(f"scores, {plain(found.name)}", found.file, "fourge evaluate") for found in card.evidence.evaluations
+        Trace(f"scores, {plain(found.name)}", f"{found.file}, quantized/results.json beside it", "fourge evaluate")
+        for found in card.evidence.evaluations
     ]
     given = [Trace(f"scores, {plain(one.name)}", plain(one.file), "given by hand") for one in card.options.references]
     return (*traces, *given)

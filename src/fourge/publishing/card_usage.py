@@ -165,5 +165,5 @@ def _sglang(card: CardFacts, fit: "Fit | None") -> list[str]:
     arguments += ["--context-length", str(plan.request.max_model_len)]
     if fit.count > 1:
         arguments += ["--tp", str(fit.count)]
-    note = f"On GPUs with FP4 tensor cores alone, here {_gpus(fit)}; the number is what holds it under vLLM:"
+    note = f"Needs GPUs with FP4 tensor cores; on {_gpus(fit)}, as many as under vLLM:"
     return [note, code(shlex.join(arguments))]

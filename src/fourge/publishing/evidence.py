@@ -87,6 +87,12 @@ class StoredEvaluation:
             return None
         return sum(counted[leaf]["effective"] for leaf in leaves), sum(counted[leaf]["original"] for leaf in leaves)
 
+    def items_text(self, task: Mapping[str, Any]) -> str:
+        """`24 of 1,000` of one of `content`'s tasks, where a limit left items out; empty without items."""
+        asked = self.asked(task["task"]) if self.is_subset(task["task"]) else None
+        whole = "" if asked is None else f" of {asked[1]:,}"
+        return f"{task['items']:,}{whole}" if task["items"] else ""
+
     def is_subset(self, task: str) -> bool:
         """Whether a limit left items of a task out, by lm-eval's count; without that, by the settings."""
         asked, settings = self.asked(task), self.content["settings"]

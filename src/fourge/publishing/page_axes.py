@@ -107,6 +107,13 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:g}"
 
 
+def power(value: float) -> str:
+    """A power of two as people read it: `1/64`, `8`, `∞`."""
+    if value == math.inf:
+        return "∞"
+    return f"{value:g}" if value >= 1 or value == 0 else f"1/{1 / value:,.0f}"
+
+
 def percent(value: float, digits: int = 1) -> str:
     """`9.3 %` from a share."""
     return f"{100 * value:.{digits}f} %".replace("-", "−")

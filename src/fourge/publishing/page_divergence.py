@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fourge.publishing.evidence import Evidence
-from fourge.publishing.page_axes import WIDTH, linear_from_zero, percent, svg, text, titled, y_axis
+from fourge.publishing.page_axes import WIDTH, linear_from_zero, percent, power, svg, text, titled, y_axis
 from fourge.publishing.page_markup import Markup, table
 from fourge.publishing.page_section import Section, folded, missing, note
 
@@ -30,7 +30,8 @@ def divergence_section(evidence: Evidence) -> Section:
     numbers = table(
         ("KL from", "to", "tokens"), [(f"{low:.4g}", f"{high:.4g}", f"{count:,}") for low, high, count in bins]
     )
-    body = (_figure(bins, total), note("KL(BF16‖NVFP4) in nats, bins double."), folded("Counts as a table", numbers))
+    explained = "Shares of the probe's tokens by their KL(BF16‖NVFP4) in nats; every bin ends at twice where it begins."
+    body = (_figure(bins, total), note(explained), folded("Counts as a table", numbers))
     return Section("divergence", topic, finding, body, str(evidence.record))
 
 
@@ -41,14 +42,21 @@ def _bins(histogram: Mapping[str, Any]) -> list[tuple[float, float, int]]:
     return list(zip(edges, edges[1:], counts, strict=False))
 
 
+def _with_tokens(bins: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """The bins from the first to the last that has tokens, with one empty bin beside them, so that both ends show."""
+    filled = [number for number, (_, _, count) in enumerate(bins) if count]
+    return bins[max(0, filled[0] - 1) : filled[-1] + 2]
+
+
 def _figure(bins: list[tuple[float, float, int]], total: int) -> Markup:
+    bins = _with_tokens(bins)
     shares = [count / total for _, _, count in bins]
     y = linear_from_zero(shares, _BOTTOM, _TOP)
     width = (_RIGHT - _LEFT) / len(bins)
-    bars = [
+    marks = [
         titled(
             "rect",
-            f"{low:.3g} to {high:.3g}: {percent(share, 2)}",
+            f"{power(low)} to {power(high)} nats: {percent(share, 2)}",
             x=_LEFT + number * width + 1,
             y=y(share),
             width=width - 2,
@@ -58,9 +66,7 @@ def _figure(bins: list[tuple[float, float, int]], total: int) -> Markup:
         for number, ((low, high, _), share) in enumerate(zip(bins, shares, strict=True))
     ]
     edges = [
-        text(_LEFT + number * width, _BOTTOM + 16, f"{low:.2g}", "middle", "tick")
-        for number, (low, _, _) in enumerate(bins)
-        if number % 2
+        text(_LEFT + at * width, _BOTTOM + 16, power(low), "middle", "tick") for at, (low, _, _) in enumerate(bins)
     ]
     axis = y_axis(y, _LEFT, _RIGHT, lambda share: f"{100 * share:.0f} %")
-    return svg(WIDTH, _BOTTOM + 26, "Shares of tokens by their KL", axis, bars, edges)
+    return svg(WIDTH, _BOTTOM + 26, "Shares of tokens by their KL", axis, marks, edges)

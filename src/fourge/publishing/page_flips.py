@@ -74,7 +74,11 @@ def flips_section(flips: Flips, evidence: Evidence) -> Section:
     body: tuple[Node, ...] = (
         _search(flips),
         tag("div", [_flip(row) for row in flips.rows], id="flip-list"),
-        note(_kept(flips, total)),
+        note(
+            _kept(flips, total),
+            " Figures are log-likelihoods; bold is what the model picked, under acc_norm by log-likelihood a "
+            "character; ✓ is right.",
+        ),
         [note(problem) for problem in flips.problems],
     )
     return Section("flips", topic, finding, body, "the samples beside each evaluation.json")

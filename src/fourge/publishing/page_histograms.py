@@ -9,7 +9,7 @@ from torch import Tensor
 from fourge.checkpoint.reader import Checkpoint
 from fourge.nvfp4 import e2m1, e4m3
 from fourge.progress import WalkProgress, format_bytes
-from fourge.publishing.page_axes import Scale, linear_from_zero, percent, svg, text, titled, y_axis
+from fourge.publishing.page_axes import Scale, linear_from_zero, percent, power, svg, text, titled, y_axis
 from fourge.publishing.page_markup import Markup, Node, table, tag
 from fourge.publishing.page_section import Section, folded, missing, note
 
@@ -150,14 +150,10 @@ def _scales_figure(histogram: WeightHistogram) -> Markup:
     ]
     values = list(scales)
     named = [2.0**-6, 2.0**-3, 1.0, 8.0, 64.0, 448.0]
-    names = [text(x(values.index(value) + 0.5), _BOTTOM + 16, _power(value), "middle", "tick") for value in named]
+    names = [text(x(values.index(value) + 0.5), _BOTTOM + 16, power(value), "middle", "tick") for value in named]
     axis = y_axis(y, _LEFT, _RIGHT, lambda share: f"{100 * share:g} %")
     label = "Shares of the group scales by value"
     return svg(_WIDTH, _BOTTOM + 26, label, text(_LEFT, 14, "group scales", class_="label"), axis, bars, names)
-
-
-def _power(value: float) -> str:
-    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
 
 
 def _numbers(histogram: WeightHistogram) -> list[Node]:

@@ -1,14 +1,18 @@
 """The page's head and foot: what the checkpoint is in a few figures, and what the page was made from."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fourge.progress import format_bytes, format_seconds
+from fourge.progress import format_binary, format_bytes, format_seconds
 from fourge.publishing.evidence import Evidence
 from fourge.publishing.markdown import without_folder
 from fourge.publishing.page_errors import event_text
 from fourge.publishing.page_markup import Markup, Node, table, tag
 from fourge.publishing.page_section import Section, folded, note
+
+_MOST_KINDS = 2
+"""Of events that the run's heading names."""
 
 
 def overview(evidence: Evidence, title: str) -> Markup:
@@ -29,8 +33,9 @@ def _facts(evidence: Evidence) -> list[str]:
     settings, versions = evidence.settings, evidence.versions
     facts = ["NVFP4 checkpoint"]
     if settings is not None:
+        smoothed = ", smoothed" if settings.get("smooth") else ""
         otherwise = ", some Linears by a recipe file" if settings.get("recipe_file") else ""
-        made = f"{settings['scheme']} by {settings['method']}{otherwise}"
+        made = f"{settings['scheme']} by {settings['method']}{smoothed}{otherwise}"
         facts = [made, f"from {without_folder(str(settings['model']))}"]
     architectures = evidence.config.get("architectures")
     if isinstance(architectures, list):
@@ -59,17 +64,15 @@ def _tiles(evidence: Evidence) -> list[tuple[str, str, str]]:
     if evidence.fidelity is not None:
         kl, top = evidence.fidelity["kl_div"], evidence.fidelity["top1_agreement"]
         before, after = evidence.fidelity["perplexity_bf16"], evidence.fidelity["perplexity_nvfp4"]
+        tiles.append(("KL(BF16‖NVFP4)", f"{kl['mean']:.4f}", f"{_error(kl, 4)} nats a token"))
         tiles.append(
-            ("KL(BF16‖NVFP4)", f"{kl['mean']:.4f}", f"{_error(kl, 4)} nats a token, {kl['tokens']:,} held out")
+            ("Top-1 agreement", f"{100 * top['mean']:.1f} %", f"{_error(top, 1, 100)} points, {top['tokens']:,} tokens")
         )
-        tiles.append(("Top-1 agreement", f"{100 * top['mean']:.1f} %", f"{_error(top, 1, 100)} points"))
         tiles.append(("Perplexity", f"{after['mean']:.2f}", f"{_error(after, 2)}; BF16 {before['mean']:.2f}"))
     if evidence.weights is not None:
         size = evidence.weights
         files = "file" if size.count == 1 else "files"
-        tiles.append(
-            ("Weights", format_bytes(size.nbytes), f"{size.nbytes / (1 << 30):,.2f} GiB in {size.count} {files}")
-        )
+        tiles.append(("Weights", format_bytes(size.nbytes), f"{format_binary(size.nbytes)} in {size.count} {files}"))
     if evidence.plan is not None:
         sizes = evidence.plan.sizes
         share = sizes.quantized_parameters / sizes.parameters
@@ -101,10 +104,18 @@ def record_section(evidence: Evidence, made_with: str) -> Section:
             tag("code", made_with),
         ),
     )
-    finding = f"The run reported {len(events) or 'no'} {'event' if len(events) == 1 else 'events'}"
+    finding = f"The run reported {len(events) or 'no'} {'event' if len(events) == 1 else 'events'}{_kinds(events)}"
     if evidence.record is None:
         finding = "The directory has neither job.json nor fourge.json: its run is not known"
     return Section("record", "Run", finding, body, evidence.record)
+
+
+def _kinds(events: Sequence[Mapping[str, Any]]) -> str:
+    """What was reported and how often, where a heading has room for it."""
+    counted = Counter(str(event["event"]) for event in events)
+    if not 0 < len(counted) <= _MOST_KINDS:
+        return ""
+    return ": " + "; ".join(f"{name} ({count:,} ×)" if count > 1 else name for name, count in counted.items())
 
 
 def _setting(value: object) -> str:

@@ -46,7 +46,10 @@ def _finding(compared: list[StoredEvaluation]) -> str:
         return "No benchmark can show damage: the baseline is nowhere above chance"
     lost = [row for row in tasks if _is_lost(row)]
     worst = min(tasks, key=lambda row: float(row["recovery"]["value"]))
-    which = f"{len(lost) or 'None'} of {len(tasks)} {'benchmark' if len(tasks) == 1 else 'benchmarks'} above chance"
+    if len(tasks) == 1:
+        falls = "falls" if lost else "does not fall"
+        return f"The one benchmark above chance {falls} significantly below the baseline: recovery {_worst(worst)}"
+    which = f"{len(lost) or 'None'} of {len(tasks)} benchmarks above chance"
     falls = "fall" if len(lost) > 1 else "falls"
     return f"{which} {falls} significantly below the baseline; the lowest recovery is {_worst(worst)}"
 
@@ -83,7 +86,7 @@ def _evaluation(evaluation: StoredEvaluation) -> list[Node]:
     return [
         tag("h3", " · ".join(facts)),
         _forest(rows) if rows else None,
-        _table(content),
+        _table(evaluation),
         note(
             "Bars are 95 % intervals of the paired ratio, each for itself. Significant is a Holm p below 5 %, from the "
             "exact test over lost and won items; where items are not right or wrong, an interval below 100 %. ",
@@ -130,7 +133,8 @@ def _mark(row: Mapping[str, Any], scale: Scale, y: float) -> Markup:
     )
 
 
-def _table(content: Mapping[str, Any]) -> Markup:
+def _table(evaluation: StoredEvaluation) -> Markup:
+    content = evaluation.content
     header = (
         "task",
         "score",
@@ -149,7 +153,7 @@ def _table(content: Mapping[str, Any]) -> Markup:
             task["task"],
             task["metric"] if task["filter"] in ("none", "") else f"{task['metric']} ({task['filter']})",
             task["num_fewshot"],
-            task["items"] or None,
+            evaluation.items_text(task) or None,
             _plus_minus(task["baseline"], "score"),
             _plus_minus(task["quantized"], "score"),
             _plus_minus(task["delta"], "value", "+"),

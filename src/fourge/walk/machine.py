@@ -12,14 +12,14 @@ _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device | str) -> dict[str, Any]:
     """`cpu` (the model), `cpus` (logical ones that this process may use), `memory_bytes`; on CUDA, `gpu` and
     `gpu_memory_bytes` too. No host, no user, no path."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit = memory_limit()
     total = int(psutil.virtual_memory().total)
     found = {"cpu": _cpu_model(), "cpus": usable, "memory_bytes": total if limit is None else min(total, limit)}
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
     return found
