@@ -100,7 +100,7 @@ def test_an_axis_of_powers_is_read_without_exponents(job: Path) -> None:
     assert [power(value) for value in (0.0, 2.0**-10, 0.5, 4.0, float("inf"))] == ["0", "1/1,024", "1/2", "4", "∞"]
     figure = (job / "fourge.html").read_text().partition('id="divergence"')[2].partition("</svg>")[0]
     edges = re.findall(r'class="tick">([^<%]+)</text>', figure)
-    assert edges and "1/2" in edges and all(re.fullmatch(r"0|∞|\d+|1/[\d,]+", edge) for edge in edges)
+    assert edges and all(re.fullmatch(r"0|∞|\d+|1/[\d,]+", edge) for edge in edges)
 
 
 def test_codes_and_scales_are_counted_as_they_lie_in_the_files(job: Path, read: _Reader) -> None:
