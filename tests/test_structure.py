@@ -14,12 +14,13 @@ MAY_IMPORT = {
     "nvfp4": set(),
     "checkpoint": {"nvfp4", "settings", "errors"},
     "settings": set(),
+    "launch": {"errors"},
     "recipes": set(),
     "recipe_file": {"settings", "methods", "errors"},
     "data": {"checkpoint", "errors"},
     "methods": {"nvfp4", "errors"},
     "progress": set(),
-    "walk": {"nvfp4", "checkpoint", "methods", "data", "settings", "progress", "errors", "_version"},
+    "walk": {"nvfp4", "checkpoint", "methods", "data", "settings", "launch", "progress", "errors", "_version"},
     "checks": {"nvfp4", "checkpoint", "methods", "data", "settings", "progress", "errors", "walk"},
     "quantize": {"checkpoint", "data", "recipes", "recipe_file", "settings", "progress", "errors", "walk", "_version"},
     "verify": {"checkpoint", "checks", "data", "settings", "progress", "errors", "walk"},
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "cli": {
         *("card", "page", "push", "sign", "sbom", "chat", "compare", "serve"),
         *("evaluate", "plan", "quantize", "verify", "convert", "report"),
-        "errors",
+        *("errors", "launch"),
     },
 }
 """Which rooms (and single files) of the package a room may know."""

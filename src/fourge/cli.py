@@ -18,8 +18,9 @@ from fourge.card import card
 from fourge.chat import chat
 from fourge.compare import compare
 from fourge.convert import convert
-from fourge.errors import InputError
+from fourge.errors import InputError, StoppedTogetherError
 from fourge.evaluate import evaluate
+from fourge.launch import read_launch
 from fourge.page import page
 from fourge.plan import plan
 from fourge.push import push
@@ -50,25 +51,33 @@ def _command(
     show: Callable[[Any], str],
     exit_code: Callable[[Any], int] = lambda result: 0,
     stopped: str = "again",
+    ranks: bool = False,
 ) -> None:
     """Registers `verb` as a command with `--json` added.
 
-    `show` makes the text for people; `stopped` says, after Ctrl-C, what the same command would do now.
+    `show` makes the text for people; `stopped` says, after Ctrl-C, what the same command would do now;
+    `ranks` says that torchrun may start it several times for one job.
     """
 
     @functools.wraps(verb)
     def run(*args: Any, json_output: bool, **options: Any) -> None:
         try:
+            launch = read_launch()
+            if launch.size > 1 and not ranks:
+                raise InputError(f"{verb.__name__} is work for one process: leave torchrun out")
             result = verb(*args, **options)
+        except StoppedTogetherError:
+            raise typer.Exit(2) from None
         except InputError as error:
             print(f"fourge: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            print(f"\nfourge: stopped; {stopped} with: {command}", file=sys.stderr)
+            if launch.rank == 0:
+                print(f"\nfourge: stopped; {stopped} with: {command}", file=sys.stderr)
             raise typer.Exit(2) from None
         text = json.dumps(dataclasses.asdict(result), default=str) if json_output else show(result)
-        if text:
+        if text and launch.rank == 0:
             print(text)
         raise typer.Exit(exit_code(result))
 
@@ -87,7 +96,7 @@ def _command(
 
 
 _command(plan, plan_summary)
-_command(quantize, quantize_summary, stopped="what was committed is kept, continue")
+_command(quantize, quantize_summary, stopped="what was committed is kept, continue", ranks=True)
 _command(verify, verify_summary, lambda report: 0 if report.passed else 1)
 _command(convert, convert_summary, stopped="the shards that were written are kept, continue")
 _command(evaluate, evaluate_summary, stopped="the layers that were walked are kept, continue")

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The one error a user is meant to read, and what it becomes where several processes work together."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,11 @@ class InputError(ValueError):
     The message is one line: it names the file, tensor or option, and says the mend. The command line prints
     it and exits with code 2; everything else that is raised is a programming error and keeps its traceback.
     """
+
+
+class StoppedTogetherError(InputError):
+    """An InputError that another process of this run prints: this one ends with the same code and says nothing."""
+
+
+class RankLostError(InputError):
+    """Another process of this run is gone. Each of those that are left says so."""

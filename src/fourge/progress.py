@@ -53,6 +53,15 @@ def format_binary(count: float) -> str:
     return f"{count / gib:,.1f} GiB" if abs(count) >= gib else f"{count / (1 << 20):,.1f} MiB"
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Leaves speaking, and the log, to another process of the same job, from now on."""
+    global _muted
+    _muted = True
+
+
 class WalkProgress:
     """Progress of one walk of `num_steps` steps, of which `done` were committed before.
 
@@ -74,8 +83,9 @@ class WalkProgress:
         self._title, self._num_steps, self._first = title, num_steps, done
         self._costs = [1.0] * num_steps if costs is None else list(costs)
         self._done, self._share = done, 0.0
+        self._muted = _muted and stream is None
         self._stream = stream or sys.stderr
-        self._log, self._about = log, dict(about or {})
+        self._log, self._about = None if self._muted else log, dict(about or {})
         self._began = time.monotonic()
         self._step_began = self._began
         self._tokens, self._bytes = 0, 0
@@ -84,7 +94,7 @@ class WalkProgress:
         self._task = TaskID(0)
 
     def __enter__(self) -> Self:
-        if self._stream.isatty():
+        if self._stream.isatty() and not self._muted:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -142,7 +152,7 @@ class WalkProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, facts=self._facts())
             self._bar.console.print(line, highlight=False, markup=False)
-        else:
+        elif not self._muted:
             print(f"{self._title} {self._facts()} | {line}", file=self._stream, flush=True)
         if self._log is not None:
             entry = (
@@ -167,6 +177,9 @@ class WalkProgress:
 @contextmanager
 def announced(title: str, stream: TextIO | None = None) -> Iterator[None]:
     """Says what is being done and how long it took, for work whose length is not known beforehand."""
+    if _muted and stream is None:
+        yield
+        return
     stream = stream or sys.stderr
     began = time.monotonic()
     print(f"{title} …", file=stream, flush=True)

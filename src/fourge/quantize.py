@@ -1,17 +1,22 @@
 """`fourge quantize`: a BF16 checkpoint becomes an NVFP4 one, one decoder layer at a time, safe to kill."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fourge.progress import peak_resident_bytes
+from fourge.progress import mute, peak_resident_bytes
 from fourge.recipe_file import read_recipe_file
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
 from fourge.recipes import RecipeName, resolve
 from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
+
+if TYPE_CHECKING:
+    from fourge.walk.job import Job
+    from fourge.walk.run import QuantizeRun
 
 DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
 
@@ -94,13 +99,15 @@ def quantize(
     """Quantize a BF16 checkpoint to NVFP4. The same command continues a run that was stopped.
 
     Reads the source layer by layer, writes one shard a layer, and ends with how far the quantized model is from
-    the source on held-out tokens. Raises InputError for what the caller can mend; what was committed stays.
+    the source on held-out tokens. Under torchrun its ranks share the work, and the bytes are those of one process.
+    Raises InputError for what the caller can mend; what was committed stays.
     """
     import torch
 
     from fourge.checkpoint.durable import disk_errors_named
     from fourge.walk.device import resolve_backend, resolve_device
     from fourge.walk.passes import methods_named, validation_samples
+    from fourge.walk.ranks import join_ranks
     from fourge.walk.resources import return_freed_layers
     from fourge.walk.run import QuantizeRun
 
@@ -136,18 +143,29 @@ def quantize(
     )
     torch.set_num_threads(settings.threads)
     return_freed_layers()
-    run = QuantizeRun.prepare(settings, output)
-    with run.open_job(restart) as job, disk_errors_named(output):
+    ranks = join_ranks(settings.device)
+    if not ranks.first:
+        mute()
+    with ExitStack() as held:
+        with ranks.as_one():
+            run = QuantizeRun.prepare(settings, output, ranks)
+            alike = run.fingerprint() | {"threads": settings.threads, "backend": settings.backend}
+            ranks.require_same(alike, "all ranks need the same")
+            job = held.enter_context(run.open_job(restart)) if ranks.first else None
+            held.enter_context(disk_errors_named(output))
         run.work(job)
-    fidelity = job.result["fidelity"] if job.result else None
+        return ranks.from_first(None if job is None else _result(run, job, time.monotonic() - began))
+
+
+def _result(run: "QuantizeRun", job: "Job", seconds: float) -> QuantizeResult:
     return QuantizeResult(
-        output=output,
-        fidelity=fidelity,
+        output=run.output,
+        fidelity=job.result["fidelity"] if job.result else None,
         source_bytes=sum(info.nbytes for info in run.source.tensors.values()),
         output_bytes=sum(record.size for record in job.records),
         quantized_linears=len(run.layout.quantized),
         events=sum(len(record.events) for record in job.records),
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         peak_resident_bytes=peak_resident_bytes(),
         continued=job.continued,
         device=settings.device,

@@ -1,6 +1,6 @@
 """What every method gets and gives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -8,6 +8,9 @@ from torch import Tensor
 from fourge.methods.observe import InputStatistics
 from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
+
+RoundRows = Callable[[Tensor], QuantizedWeight | Fp8Weight]
+"""Quantizes some rows `[n, K]` of a group's weights. No row looks at another, so they may be worked on anywhere."""
 
 
 class Method(Protocol):
@@ -22,12 +25,12 @@ class Method(Protocol):
     needs_hessian: bool
     compensates: bool
 
-    def quantize_group(
+    def prepare_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
-    ) -> Mapping[str, QuantizedWeight | Fp8Weight]:
-        """`weights`: name → `[N, K]` in the source's dtype; `statistics`: the shared input's, None without data.
+    ) -> RoundRows:
+        """Settles what the members have in common, in NVFP4 one global scale; what comes back quantizes their rows.
 
-        In NVFP4 all members get one global scale. Anything out of the ordinary (a fallback, a degenerate input) is
-        appended to `events`.
+        `weights`: name → `[N, K]` in the source's dtype; `statistics`: the shared input's, None without data. Anything
+        out of the ordinary (a fallback, a degenerate input) is appended to `events`.
         """
         ...

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fourge.methods.base import RoundRows
 from fourge.methods.gptq import gptq
 from fourge.methods.hessian import Curvature, by_activity, factorize
 from fourge.methods.max import shared_global_scale
@@ -49,18 +50,18 @@ class AlongCurvature:
         self._round = round_weight
         self.compensates = compensates
 
-    def quantize_group(
+    def prepare_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
-    ) -> dict[str, QuantizedWeight]:
-        """See `Method.quantize_group`; the curvature is factored once for all members."""
+    ) -> RoundRows:
+        """See `Method.prepare_group`; the curvature is factored once for all members."""
         assert statistics is not None and statistics.hessian is not None
         hessian, names = statistics.hessian, list(weights)
         columns = weights[names[0]].shape[1]
         if hessian.tokens < columns:
             event = {"event": "fewer tokens than columns: weighted search instead", "linears": names}
             events.append(event | {"tokens": hessian.tokens, "columns": columns})
-            return Search().quantize_group(weights, statistics, events)
+            return Search().prepare_group(weights, statistics, events)
         scale = shared_global_scale(weights, events)
         importance = hessian.diagonal
         curvature = factorize(hessian.matrix, by_activity(importance), events, "+".join(names))
-        return {name: self._round(weight, scale, importance, curvature) for name, weight in weights.items()}
+        return lambda rows: self._round(rows, scale, importance, curvature)

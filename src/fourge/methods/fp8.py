@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fourge.methods.base import RoundRows
 from fourge.methods.observe import InputStatistics
-from fourge.nvfp4.fp8 import Fp8Weight, quantize_rows
+from fourge.nvfp4.fp8 import quantize_rows
 
 
 class Fp8Rows:
@@ -16,8 +17,8 @@ class Fp8Rows:
     needs_hessian = False
     compensates = False
 
-    def quantize_group(
+    def prepare_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
-    ) -> dict[str, Fp8Weight]:
-        """See `Method.quantize_group`; the members share nothing, and `statistics` are not looked at."""
-        return {name: quantize_rows(weight) for name, weight in weights.items()}
+    ) -> RoundRows:
+        """See `Method.prepare_group`; the members share nothing, and `statistics` are not looked at."""
+        return quantize_rows

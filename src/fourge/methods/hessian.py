@@ -20,11 +20,23 @@ _COLUMNS_PER_BLOCK = 1024
 
 
 class HessianAccumulator:
-    """Sums XᵀX over the inputs X of a Linear, in FP32 (or `dtype`), and counts their tokens."""
+    """Sums XᵀX over the inputs X of a Linear, in FP32 (or `dtype`), and counts their tokens.
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    It is summed in blocks of columns. Given `own`, `(n, of)`, only blocks n, n + of, … are, and the others are to be
+    filled in, as other processes summed them.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        own: tuple[int, int] = (0, 1),
+    ) -> None:
         self.tokens = 0
         self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
+        first, of = own
+        self._own = range(first * _COLUMNS_PER_BLOCK, columns, of * _COLUMNS_PER_BLOCK)
 
     def add(self, x: Tensor) -> None:
         """Takes inputs `[..., K]` of any float dtype."""
@@ -33,9 +45,20 @@ class HessianAccumulator:
         for chunk in torch.split(tokens, _TOKENS_PER_CHUNK):
             x_tk = chunk.to(self._sum)
             # Only the blocks on and above the diagonal: half the arithmetic; `matrix` mirrors them.
-            for start in range(0, x_tk.shape[1], _COLUMNS_PER_BLOCK):
+            for start in self._own:
                 columns = slice(start, start + _COLUMNS_PER_BLOCK)
                 self._sum[columns, start:].addmm_(x_tk[:, columns].T, x_tk[:, start:])
+
+    def summed_blocks(self) -> list[Tensor]:
+        """Views of all that is summed, block by block: what is to be filled in where `own` left it out."""
+        return [
+            self._sum[start : start + _COLUMNS_PER_BLOCK, start:]
+            for start in range(0, len(self._sum), _COLUMNS_PER_BLOCK)
+        ]
+
+    def summarise(self, x: Tensor) -> Tensor:
+        """Nothing shorter than the inputs will do."""
+        return x
 
     @property
     def diagonal(self) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourge.methods.base import RoundRows
 from fourge.methods.observe import InputStatistics
-from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight
+from fourge.nvfp4.quantize import amax, global_scale, quantize_weight
 
 
 def shared_global_scale(weights: Mapping[str, Tensor], events: list[dict[str, Any]]) -> Tensor:
@@ -29,9 +30,9 @@ class Max:
     needs_hessian = False
     compensates = False
 
-    def quantize_group(
+    def prepare_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
-    ) -> dict[str, QuantizedWeight]:
-        """See `Method.quantize_group`; `statistics` are not looked at."""
+    ) -> RoundRows:
+        """See `Method.prepare_group`; `statistics` are not looked at."""
         scale = shared_global_scale(weights, events)
-        return {name: quantize_weight(weight, scale) for name, weight in weights.items()}
+        return lambda rows: quantize_weight(rows, scale)

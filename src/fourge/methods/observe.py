@@ -24,11 +24,21 @@ class InputStatistics:
 
     def observe(self, x: Tensor) -> None:
         """Takes a micro-batch of inputs."""
-        self.amax = torch.maximum(self.amax, amax(x).cpu())
+        self.add(self.summarise(x))
         self.tokens += x.numel() // x.shape[-1]
+
+    def summarise(self, x: Tensor) -> Tensor:
+        """What is to be known of a micro-batch, FP32 on its device: the largest magnitude, then Σ x² by channel."""
+        summary = amax(x).reshape(1)
         if self._weigh_channels:
-            squares = x.reshape(-1, x.shape[-1]).float().square().sum(0)
-            self.importance = squares if self.importance is None else self.importance + squares
+            summary = torch.cat((summary, x.reshape(-1, x.shape[-1]).float().square().sum(0)))
+        return summary
+
+    def add(self, summary: Tensor) -> None:
+        """Takes the summary of the next micro-batch, whose `tokens` the caller counts. The order decides last bits."""
+        self.amax = torch.maximum(self.amax, summary[0].cpu())
+        if self._weigh_channels:
+            self.importance = summary[1:] if self.importance is None else self.importance + summary[1:]
 
 
 def input_global_scale(statistics: InputStatistics, headroom: float) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fourge.methods.base import RoundRows
 from fourge.methods.max import shared_global_scale
 from fourge.methods.observe import InputStatistics
 from fourge.methods.scale_search import search_scales
-from fourge.nvfp4.quantize import QuantizedWeight, quantize_weight
+from fourge.nvfp4.quantize import quantize_weight
 
 
 class Search:
@@ -21,13 +22,10 @@ class Search:
     needs_hessian = False
     compensates = False
 
-    def quantize_group(
+    def prepare_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, events: list[dict[str, Any]]
-    ) -> dict[str, QuantizedWeight]:
-        """See `Method.quantize_group`."""
+    ) -> RoundRows:
+        """See `Method.prepare_group`."""
         importance = None if statistics is None else statistics.importance
         scale = shared_global_scale(weights, events)
-        return {
-            name: quantize_weight(weight, scale, search_scales(weight, scale, importance))
-            for name, weight in weights.items()
-        }
+        return lambda rows: quantize_weight(rows, scale, search_scales(rows, scale, importance))

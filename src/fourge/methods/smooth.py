@@ -7,7 +7,7 @@ SmoothQuant's (arXiv 2211.10438) scales are not; minimised is the error of the L
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,10 +108,15 @@ def output_error(sample: Sample, exponents: Tensor, rounding: Rounding) -> float
     return math.sqrt(sum(squares) / len(squares))
 
 
-def choose(sample: Sample, tie: Tie, rounding: Rounding) -> tuple[tuple[float, float], Tensor]:
+Each = Callable[[Callable[[Tensor], float], Sequence[Tensor]], Iterable[float]]
+"""As `map`: a function of every value, in their order, wherever it is computed."""
+
+
+def choose(sample: Sample, tie: Tie, rounding: Rounding, each: Each = map) -> tuple[tuple[float, float], Tensor]:
     """The powers (a, b) among `POWERS` of the least output error on `sample`, and their exponents, int8 `[P]`."""
     tried = [(powers, exponents_for(sample, powers, tie)) for powers in POWERS]
-    errors = [output_error(sample, tie.to_inputs(exponents), rounding) for _, exponents in tried]
+    inputs = [tie.to_inputs(exponents) for _, exponents in tried]
+    errors = list(each(lambda exponents: output_error(sample, exponents, rounding), inputs))
     return tried[errors.index(min(errors))]
 
 

@@ -25,21 +25,33 @@ MOST_MOVED = 0.25
 
 BLOCK_ROWS = 4096
 _TOKENS_PER_CHUNK = 4096
+_ROWS_SUMMED = 1024
 
 
 class CrossMoment:
     """Sums Σ s qᵀ, FP32 `[S, K]`, over tokens: s is x − q, or u itself where the Linear stands alone and S = N.
 
-    u = W s in the former case: with many rows in a group, the smaller of the two matrices is kept.
+    u = W s in the former case: with many rows in a group, the smaller of the two matrices is kept. Summed in blocks of
+    rows, of which `own` are this process's, as a `HessianAccumulator`'s.
     """
 
-    def __init__(self, size: int, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, size: int, columns: int, device: torch.device | str = "cpu", own: tuple[int, int] = (0, 1)
+    ) -> None:
         self.sum = torch.zeros(size, columns, device=device)
+        self._own = own
 
     def add(self, shortfall: Tensor, inputs: Tensor) -> None:
         """Takes s `[T, S]` and q `[T, K]`."""
         for s, q in zip(*(torch.split(rows, _TOKENS_PER_CHUNK) for rows in (shortfall, inputs)), strict=True):
-            self.sum.addmm_(s.float().T, q.float())
+            columns, q_tk = s.float().split(_ROWS_SUMMED, dim=1), q.float()
+            first, of = self._own
+            for block, s_tn in zip(self.summed_blocks()[first::of], columns[first::of], strict=True):
+                block.addmm_(s_tn.T, q_tk)
+
+    def summed_blocks(self) -> list[Tensor]:
+        """See `HessianAccumulator.summed_blocks`."""
+        return list(torch.split(self.sum, _ROWS_SUMMED))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fourge.nvfp4.quantize import QuantizedWeight, global_scale
 from fourge.settings import QuantizeSettings
 from fourge.walk.linear import InputSite, LaneLinear, to_nvfp4
 from fourge.walk.smoothing import SAMPLED
-from fourge.walk.weight_error import relative_weight_error
+from fourge.walk.weight_error import squared_sums
 
 _FILE_BYTES = 256 << 20
 _READ_BYTES = 1 << 30
@@ -108,8 +108,8 @@ def _quantizing(square: Tensor, settings: QuantizeSettings, method: Method) -> C
 
     def quantize() -> int:
         require_finite(square, info)
-        quantized = method.quantize_group({"square": square}, statistics, [])["square"]
-        relative_weight_error(square, quantized)
+        quantized = method.prepare_group({"square": square}, statistics, [])(square)
+        squared_sums(square, quantized)
         return square.nbytes
 
     return quantize
@@ -142,7 +142,7 @@ def _summing(square: Tensor) -> Callable[[], int]:
 
 def _linears(square: Tensor) -> tuple[LaneLinear, LaneLinear]:
     """A Linear `[4K, K]` of each lane."""
-    one = Max().quantize_group({"square": square}, None, [])["square"]
+    one = Max().prepare_group({"square": square}, None, [])(square)
     quantized = QuantizedWeight(one.packed.repeat(4, 1), one.scale.repeat(4, 1), one.global_scale)
     site = InputSite(to_nvfp4(global_scale(torch.tensor(4.0, device=square.device)).reshape(1)))
     return LaneLinear(square.repeat(4, 1), None, InputSite()), LaneLinear(quantized, None, site)

@@ -16,9 +16,10 @@ from fourge.methods.tuned import BLOCK_ROWS, CrossMoment, Judge, compensate
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite, to_nvfp4
+from fourge.walk.observers import SeenEnoughError
 from fourge.walk.smoothing import SAMPLED, WATCHED, InputSample
 from fourge.walk.streams import MicroBatch
-from fourge.walk.walk import SeenEnoughError, Walk
+from fourge.walk.walk import Walk
 
 
 class GroupTap:
@@ -74,10 +75,15 @@ class GroupLanes:
 
         Of all of them, or of some from all over the set with about `tokens` tokens.
         """
-        for batches in zip(*(self._batches(name, lane, tokens) for lane in ("bf16", "nvfp4")), strict=True):
-            for batch, (lane, _) in zip(batches, (self.bf16, self.nvfp4), strict=True):
-                self.walk.watch(lane, [batch], self.source)
-            take(self._shortfall(), self.nvfp4[1].inputs)
+        pairs = list(zip(*(self._batches(name, lane, tokens) for lane in ("bf16", "nvfp4")), strict=True))
+        for shortfall, inputs in self.walk.ranks.share(pairs, self._look):
+            take(shortfall, inputs)
+
+    def _look(self, batches: tuple[MicroBatch, ...]) -> tuple[Tensor, Tensor]:
+        """The shortfall and the quantized input of one micro-batch, given in both lanes."""
+        for batch, (lane, _) in zip(batches, (self.bf16, self.nvfp4), strict=True):
+            self.walk.look(lane, batch, self.source)
+        return self._shortfall(), self.nvfp4[1].inputs
 
     def _batches(self, name: str, lane: str, tokens: int | None) -> tuple[MicroBatch, ...]:
         stream = self.walk.stream(name, lane)
@@ -106,13 +112,16 @@ def compensate_group(
     """
     first = next(iter(lanes.weights.values()))
     size = first.shape[0] if lanes.whole else first.shape[1]
-    cross = CrossMoment(size, first.shape[1], first.device)
+    ranks = lanes.walk.ranks
+    cross = CrossMoment(size, first.shape[1], first.device, (ranks.rank, ranks.size))
 
     def fit(shortfall: Tensor, inputs: Tensor) -> None:
         hessian.add(inputs)
         cross.add(shortfall, inputs)
 
     lanes.run("calibration", None, fit)
+    ranks.fill(hessian.summed_blocks())
+    ranks.fill(cross.summed_blocks())
     if hessian.tokens < first.shape[1]:
         return dict(lanes.weights), None
     found = compensate(lanes.weights, hessian.matrix, cross, _judge(lanes, seed), whole=lanes.whole)
@@ -124,12 +133,12 @@ def _judge(lanes: GroupLanes, seed: int) -> Judge:
     """A sample of the validation set."""
     stream = lanes.walk.stream("validation", "bf16")
     assert stream is not None
-    tokens = sum(batch.count * batch.length for batch in stream.spread_batches(WATCHED))
+    tokens = sum(batch.num_tokens for batch in stream.spread_batches(WATCHED))
     shortfalls, inputs = InputSample(tokens, seed), InputSample(tokens, seed)
 
     def draw(shortfall: Tensor, seen: Tensor) -> None:
-        shortfalls.observe(shortfall)
-        inputs.observe(seen)
+        shortfalls.add(shortfall)
+        inputs.add(seen)
 
     lanes.run("validation", WATCHED, draw)
     return Judge(shortfalls.rows(), inputs.rows())

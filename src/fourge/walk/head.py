@@ -7,8 +7,9 @@ second (Q):
     KL(P‖Q) = Σ_v P_v (z_v − y_v) − lse(z) + lse(y)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from fourge.walk.statistics import Estimate, clustered_mean
 
-_ROWS = 512
+ROWS = 512
+"""Of hidden states worked on at once: from a multiple of it, so that the same products are computed by any split."""
+
 _KL_EXPONENTS = (-20, 4)
 """Of the smallest and the largest KL told apart: a millionth of a nat, which is FP32's noise, and 16 nats."""
 
@@ -112,8 +115,8 @@ def score_heads(
     first = 0
     for blocks in heads:
         lanes = lanes or tuple(_OnlineSoftmax(num_rows, targets) for _ in blocks)
-        for start in range(0, num_rows, _ROWS):
-            rows = slice(start, min(start + _ROWS, num_rows))
+        for start in range(0, num_rows, ROWS):
+            rows = slice(start, min(start + ROWS, num_rows))
             logits = [(h @ block.T).float() for h, block in zip(states(rows), blocks, strict=True)]
             weights, rescale = lanes[0].add(logits[0], first, rows)
             if len(lanes) == 2:
@@ -136,6 +139,15 @@ class HeadMeasures:
     top1_agrees: np.ndarray
     nll_bf16: np.ndarray
     nll_nvfp4: np.ndarray
+
+    def to_tensors(self) -> tuple[Tensor, ...]:
+        """The four as tensors, in order."""
+        return tuple(torch.from_numpy(values) for values in vars(self).values())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sequence[Tensor]]) -> Self:
+        """Those of consecutive tokens, each as `to_tensors` gave them."""
+        return cls(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
 
 
 def compare_heads(

@@ -37,13 +37,17 @@ class HiddenLayout:
 
 
 class HiddenFile:
-    """An open hidden-state file. Rows are token positions; `read` and `write` move whole rows."""
+    """An open hidden-state file. Rows are token positions; `read` and `write` move whole rows.
 
-    def __init__(self, path: Path, layout: HiddenLayout, *, create: bool) -> None:
+    Where several ranks write one, the first is to `create` it, and the others then open it to `join`.
+    """
+
+    def __init__(self, path: Path, layout: HiddenLayout, *, create: bool, join: bool = False) -> None:
         self.path = path
         self.layout = layout
         self._checksum = 0
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if create else os.O_RDONLY, 0o644)
+        writing = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
+        self._descriptor = os.open(path, writing if create or join else os.O_RDONLY, 0o644)
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +81,7 @@ class HiddenFile:
             offset += count
 
     def finish(self) -> int:
-        """Makes what was written durable; returns the checksum of all rows."""
+        """Makes what was written durable; returns the checksum of the rows that were written here."""
         os.fsync(self._descriptor)
         return self._checksum
 

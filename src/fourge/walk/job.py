@@ -83,12 +83,47 @@ def sha256_file(path: Path, progress: Callable[[int], None] = lambda count: None
     return digest.hexdigest()
 
 
-class Job:
+class JobFolder:
+    """Where a job keeps what; also for the ranks that work at it and do not hold it."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / FOLDER
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "job.json"
+
+    @property
+    def tokens_path(self) -> Path:
+        return self.folder / "tokens.safetensors"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def shard_temporary(self) -> Path:
+        return self.folder / "shard.tmp"
+
+    @property
+    def hidden_temporary(self) -> Path:
+        return self.folder / "hidden.tmp"
+
+    def hidden_path(self, step: int) -> Path:
+        """Where the hidden states lie that step `step` reads."""
+        return self.folder / f"hidden-{step:05d}.bin"
+
+    @property
+    def finished(self) -> bool:
+        return (self.output / INDEX).exists()
+
+
+class Job(JobFolder):
     """An output directory held by this process (an advisory lock that ends with it, however it ends)."""
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        self.output = output
-        self.folder = output / FOLDER
+        super().__init__(output)
         self.fingerprint = dict(fingerprint)
         self.settings = dict(settings)
         self.records: list[StepRecord] = []
@@ -185,41 +220,11 @@ class Job:
     ) -> None:
         self.close()
 
-    # Paths
-
-    @property
-    def _manifest(self) -> Path:
-        return self.folder / "job.json"
-
-    @property
-    def tokens_path(self) -> Path:
-        return self.folder / "tokens.safetensors"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def shard_temporary(self) -> Path:
-        return self.folder / "shard.tmp"
-
-    @property
-    def hidden_temporary(self) -> Path:
-        return self.folder / "hidden.tmp"
-
-    def hidden_path(self, step: int) -> Path:
-        """Where the hidden states lie that step `step` reads."""
-        return self.folder / f"hidden-{step:05d}.bin"
+    # Committing
 
     @property
     def next_step(self) -> int:
         return len(self.records)
-
-    @property
-    def finished(self) -> bool:
-        return (self.output / INDEX).exists()
-
-    # Committing
 
     def commit(self, record: StepRecord) -> None:
         """Commits step `next_step` from the two temporary files, in the order at the head of this file."""

@@ -17,6 +17,7 @@ from fourge.checkpoint.compressed_tensors import KvScales
 from fourge.checkpoint.reader import Checkpoint
 from fourge.nvfp4 import e4m3
 from fourge.nvfp4.quantize import amax
+from fourge.walk.ranks import Ranks
 
 _ROWS_BYTES = 8 << 20
 
@@ -40,6 +41,10 @@ class KvObserver:
         self.k_amax = torch.maximum(self.k_amax, amax(keys).cpu())
         self.v_amax = torch.maximum(self.v_amax, amax(values).cpu())
         return keys, values
+
+    def agree(self, ranks: Ranks) -> None:
+        """Takes what was seen on any of `ranks`."""
+        self.k_amax, self.v_amax = ranks.largest(self.k_amax), ranks.largest(self.v_amax)
 
     def scales(self, events: list[dict[str, Any]]) -> KvScales:
         """The scales of what was seen; `events` gets an entry for what was always zero."""

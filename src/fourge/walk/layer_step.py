@@ -21,10 +21,11 @@ from fourge.walk.kv_cache import KvObserver
 from fourge.walk.lanes import quantized_layer, read_layer
 from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite, to_nvfp4
+from fourge.walk.observers import Observers
+from fourge.walk.row_split import quantize_by_rows
 from fourge.walk.smoothing import LayerSmoothing
 from fourge.walk.streams import Stream
-from fourge.walk.walk import Advance, SeenEnoughError, Walk
-from fourge.walk.weight_error import relative_weight_error
+from fourge.walk.walk import Advance, Walk
 
 
 @dataclass
@@ -40,6 +41,10 @@ class StepOutput:
     measures: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     facts: str = ""
+
+    def decided(self) -> dict[str, Any]:
+        """Whatever was found out or decided, so that ranks can be held against each other."""
+        return {"measures": self.measures, "events": self.events}
 
 
 @dataclass(frozen=True)
@@ -124,16 +129,21 @@ class LayerStep:
         self, statistics: Mapping[str, InputStatistics], kv_observer: KvObserver | None, states: HiddenStates
     ) -> None:
         # Observers sit in the layer that the calibration set runs through and in no other: the probe decides nothing.
-        watched = {name: InputSite(observe=seen.observe) for name, seen in statistics.items()}
-        for name, sites, kv_cache in (
-            ("calibration", watched, kv_observer),
-            ("validation", None, None),
-            ("probe", None, None),
+        for name, observers, kv_cache in (
+            ("calibration", Observers(statistics), kv_observer),
+            ("validation", Observers(), None),
+            ("probe", Observers(), None),
         ):
             stream = self.walk.stream(name, "bf16")
             if stream is not None:
+                sites = observers.sites
                 with LaneLayer(self.walk.skeleton, self.layer, self.weights, self.walk.dtype, sites, kv_cache) as lane:
-                    self.walk.run(lane, stream, states.source, states.target, self._reporter(stream))
+                    self.walk.run(lane, stream, states.source, states.target, self._reporter(stream), observers)
+        calibration = self.walk.stream("calibration", "bf16")
+        for seen in statistics.values():
+            seen.tokens = 0 if calibration is None else calibration.num_tokens
+        if kv_observer is not None:
+            kv_observer.agree(self.walk.ranks)
 
     def _reporter(self, stream: Stream) -> Advance:
         """Turns shares of a stream's pass into shares of the layer's step."""
@@ -160,10 +170,13 @@ class LayerStep:
                     self._observe_inputs(group, *before)
             for name in group.linears:
                 del self.weights[f"{name}.weight"]
-            quantized = method.quantize_group(targets, seen, self.output.events)
-            for name, weight in quantized.items():
+            # What is prepared holds the Hessian's memory, so it is not to outlive the call.
+            quantized = quantize_by_rows(
+                targets, sources, method.prepare_group(targets, seen, self.output.events), self.walk.ranks
+            )
+            for name, (weight, error) in quantized.items():
                 linears[name] = QuantizedLinear(weight, input_scale)
-                measured[name] = {"weight_error": relative_weight_error(sources[name], weight)}
+                measured[name] = {"weight_error": error}
                 if seen is not None:
                     measured[name] |= {"input_amax": float(seen.amax), "tokens": seen.tokens}
             if seen is not None:
@@ -183,7 +196,9 @@ class LayerStep:
         return weight
 
     def _new_hessian(self, group: LinearGroup) -> HessianAccumulator:
-        return HessianAccumulator(self.layout.shapes[f"{self.prefix}{group.linears[0]}.weight"][1], self.walk.device)
+        columns = self.layout.shapes[f"{self.prefix}{group.linears[0]}.weight"][1]
+        ranks = self.walk.ranks
+        return HessianAccumulator(columns, self.walk.device, own=(ranks.rank, ranks.size))
 
     def _observe_inputs(
         self,
@@ -196,13 +211,10 @@ class LayerStep:
         """Fills `hessian` with XᵀX of what the group's Linears will multiply, all before it being quantized."""
         stream = self.walk.stream("calibration", "nvfp4")
         assert stream is not None
-
-        def observe(x: Tensor) -> None:
-            hessian.add(x)
-            raise SeenEnoughError
-
-        with self._quantized_layer(linears, {group.name: InputSite(to_nvfp4(input_scale), observe)}) as lane:
-            self.walk.watch(lane, stream.batches, source)
+        observers = Observers({group.name: hessian}, then_stop=True)
+        with self._quantized_layer(linears, {group.name: observers.site(group.name, to_nvfp4(input_scale))}) as lane:
+            self.walk.watch(lane, stream.batches, source, observers)
+        self.walk.ranks.fill(hessian.summed_blocks())
 
     def _compensate(
         self,

@@ -115,8 +115,13 @@ def available_memory() -> int:
     return available if limit is None else min(available, limit - memory_in_use())
 
 
-def require_resources(needs: Needs, output: Path, device: torch.device, already_written: int) -> None:
-    """Raises InputError, naming what is needed and what there is, when disk or memory will not do."""
+def require_resources(
+    needs: Needs, output: Path, device: torch.device, already_written: int, processes: int = 1
+) -> None:
+    """Raises InputError, naming what is needed and what there is, when disk or memory will not do.
+
+    `processes` of one job run on this machine, each with a layer of its own, on CPUs all in one memory.
+    """
     existing = nearest_existing(output)
     free = shutil.disk_usage(existing).free
     disk = max(0, needs.disk - already_written)
@@ -129,12 +134,13 @@ def require_resources(needs: Needs, output: Path, device: torch.device, already_
     if not os.access(existing, os.W_OK):
         raise InputError(f"{output} cannot be written to; name another -o")
     if device.type == "cuda":
-        have, where = torch.cuda.mem_get_info(device)[0], f"on {device}"
+        needed, have, where = needs.memory, torch.cuda.mem_get_info(device)[0], f"on {device}"
     else:
-        have, where = available_memory(), "of memory"
-    if have < needs.memory:
+        needed, have, where = processes * needs.memory, available_memory(), "of memory"
+    if have < needed:
+        what = "one layer and a micro-batch" + (f" in each of {processes} ranks" if processes > 1 else "")
         raise InputError(
-            f"{format_bytes(needs.memory)} {where} are needed for one layer and a micro-batch "
+            f"{format_bytes(needed)} {where} are needed for {what} "
             f"(beside the {format_bytes(resident_bytes())} in use), {format_bytes(have)} are there; "
             "free some, or lower --micro-batch-tokens and --max-seq-length"
         )

@@ -22,10 +22,11 @@ from fourge.settings import QuantizeSettings
 from fourge.walk.choices import Choices, Selection
 from fourge.walk.finish import finish_checkpoint
 from fourge.walk.hidden import HiddenLayout
-from fourge.walk.job import Job
+from fourge.walk.job import Job, JobFolder
 from fourge.walk.machine import describe_machine
 from fourge.walk.model import describe_model, require_finite_ends
 from fourge.walk.passes import passes, require_data
+from fourge.walk.ranks import ALONE, Ranks
 from fourge.walk.resident import make_sampler
 from fourge.walk.resources import estimate_needs, require_resources
 from fourge.walk.skeleton import Skeleton
@@ -44,22 +45,26 @@ class QuantizeRun:
     skeleton: Skeleton
     layout: Layout
     choices: Choices
-    device: torch.device
     dtype: torch.dtype
+    ranks: Ranks = ALONE
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.ranks.device
 
     @classmethod
-    def prepare(cls, settings: QuantizeSettings, output: Path) -> Self:
+    def prepare(cls, settings: QuantizeSettings, output: Path, ranks: Ranks) -> Self:
         """Reads config and headers, and holds them against the settings; InputError where something cannot be."""
         source = Checkpoint.open(locate(settings.model, settings.revision))
         require_unquantized(source)
         require_float(source)
-        device = torch.device(settings.device)
-        skeleton, layout, choices = describe_model(source, Selection.of(settings), device)
+        skeleton, layout, choices = describe_model(source, Selection.of(settings), ranks.device)
         require_data(settings, choices)
         if output.resolve() == source.directory.resolve():
             raise InputError(f"-o {output} is the source itself; name a new directory")
         dtype = getattr(torch, settings.compute_dtype)
-        return cls(settings, output, source, skeleton, layout, choices, device, dtype)
+        return cls(settings, output, source, skeleton, layout, choices, dtype, ranks)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a byte of the output depends on; what a continued run must share."""
@@ -86,27 +91,29 @@ class QuantizeRun:
                     job.remove_leftovers()
                 raise
 
-    def token_sets(self, job: Job) -> TokenSets | None:
-        """The job's sequences: rendered once, then read back, so that a continued run sees the same tokens."""
+    def render_sets(self, job: Job) -> None:
+        """Writes the job's sequences: once, so that a continued run sees the same tokens."""
         settings = self.settings
-        if settings.calibration == "none":
-            return None
-        if not job.tokens_path.exists():
-            request = DataRequest(
-                source=settings.calibration,
-                num_calibration_samples=settings.num_calibration_samples,
-                num_validation_samples=settings.num_validation_samples,
-                num_probe_samples=settings.num_probe_samples,
-                max_seq_length=settings.max_seq_length,
-                seed=settings.seed,
-                probe_source=settings.probe,
-            )
-            sampler = make_sampler(self.source, self.skeleton, self.dtype, self.device)
-            vocabulary = int(self.skeleton.config.vocab_size)
-            with announced(f"Rendering {settings.calibration}"):
-                sets = load_token_sets(request, self.source.directory, vocabulary, sampler)
-            save_token_sets(job.tokens_path, sets)
-        return read_token_sets(job.tokens_path)
+        if settings.calibration == "none" or job.tokens_path.exists():
+            return
+        request = DataRequest(
+            source=settings.calibration,
+            num_calibration_samples=settings.num_calibration_samples,
+            num_validation_samples=settings.num_validation_samples,
+            num_probe_samples=settings.num_probe_samples,
+            max_seq_length=settings.max_seq_length,
+            seed=settings.seed,
+            probe_source=settings.probe,
+        )
+        sampler = make_sampler(self.source, self.skeleton, self.dtype, self.device)
+        vocabulary = int(self.skeleton.config.vocab_size)
+        with announced(f"Rendering {settings.calibration}"):
+            sets = load_token_sets(request, self.source.directory, vocabulary, sampler)
+        save_token_sets(job.tokens_path, sets)
+
+    def read_sets(self, folder: JobFolder) -> TokenSets | None:
+        """The job's sequences; None where there are none."""
+        return None if self.settings.calibration == "none" else read_token_sets(folder.tokens_path)
 
     def streams(self, sets: TokenSets | None) -> tuple[Stream, ...]:
         """Which set runs in which lane, laid out in one file."""
@@ -128,29 +135,48 @@ class QuantizeRun:
     def _require_room(self, rows: int, longest_batch: int, already_written: int) -> None:
         hidden = HiddenLayout(rows, self.skeleton.hidden_size, self.dtype)
         needs = estimate_needs(self.layout, self.source, self.settings, self.choices, hidden, longest_batch)
-        require_resources(needs, self.output, self.device, already_written)
+        require_resources(needs, self.output, self.device, already_written, self.ranks.local_size)
 
-    def work(self, job: Job) -> None:
-        """Runs the steps that are left and finishes the directory; a finished one is left as it is."""
+    def work(self, job: Job | None) -> None:
+        """Runs the steps that are left and finishes the directory; a finished one is left as it is.
+
+        Rank 0 brings the job, and the others, called at the same time, None.
+        """
+        folder = job or JobFolder(self.output)
+        with self.ranks.as_one():
+            next_step = None if job is None else self._make_ready(job)
+        next_step = self.ranks.from_first(next_step)
+        if next_step is None:
+            return
+        with self.ranks.as_one():
+            sets = self.read_sets(folder)
+            quantizing = self._quantizing_walk(sets)
+        steps, costs = self.layout.num_steps, quantizing.costs()
+        about = {"machine": describe_machine(self.device), "ranks": self.ranks.size}
+        with WalkProgress("quantize", steps, next_step, folder.metrics_path, costs=costs, about=about) as progress:
+            quantizing.run(folder, next_step, progress)
+        if job is not None:
+            provenance = sets.provenance if sets else None
+            finish_checkpoint(job, self.source, self.layout, self.settings.kv_cache_scheme, provenance)
+
+    def _make_ready(self, job: Job) -> int | None:
+        """Checks all that is checked once, and renders the text; the step that comes next, None after the last."""
         job.remove_leftovers()
         if job.finished:
             print(f"{self.output} is finished already; --restart would do it again", file=sys.stderr)
-            return
+            return None
         if job.next_step == 0:
             with announced("Checking embedding and head for NaN and Inf"):
                 require_finite_ends(self.source, self.layout)
-        sets = self.token_sets(job)
-        streams = self.streams(sets)
-        walk = Walk(self.skeleton, self.source, streams, self.dtype, self.device)
-        quantizing = QuantizingWalk(walk, self.layout, self.settings, self.choices)
+        self.render_sets(job)
+        walk = self._quantizing_walk(self.read_sets(job)).walk
         if job.next_step:
             with WalkProgress("committed", job.next_step) as progress:
                 checked = partial(progress.finish_step, facts="as committed", record={})
-                job.check_committed(walk.hidden_layout if streams else None, checked)
-        self._require_room_for(streams, sum(record.size for record in job.records))
-        steps, costs = self.layout.num_steps, quantizing.costs()
-        about = {"machine": describe_machine(self.device)}
-        with WalkProgress("quantize", steps, job.next_step, job.metrics_path, costs=costs, about=about) as progress:
-            quantizing.run(job, progress)
-        provenance = sets.provenance if sets else None
-        finish_checkpoint(job, self.source, self.layout, self.settings.kv_cache_scheme, provenance)
+                job.check_committed(walk.hidden_layout if walk.streams else None, checked)
+        self._require_room_for(walk.streams, sum(record.size for record in job.records))
+        return job.next_step
+
+    def _quantizing_walk(self, sets: TokenSets | None) -> QuantizingWalk:
+        walk = Walk(self.skeleton, self.source, self.streams(sets), self.dtype, self.device, self.ranks)
+        return QuantizingWalk(walk, self.layout, self.settings, self.choices)

@@ -20,7 +20,7 @@ from fourge.walk.choices import Choices
 from fourge.walk.folding import encode_exponents, find_tie, scale_, scalings, survives
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.layer import LaneLayer
-from fourge.walk.linear import InputSite
+from fourge.walk.observers import Observers
 from fourge.walk.walk import Walk
 
 SAMPLED = 1024
@@ -37,11 +37,14 @@ class InputSample:
         self._seen = 0
         self._rows: list[Tensor] = []
 
-    def observe(self, x: Tensor) -> None:
-        """Takes a micro-batch of inputs `[..., K]`."""
-        rows = x.reshape(-1, x.shape[-1])
+    def summarise(self, x: Tensor) -> Tensor:
+        """A micro-batch of inputs `[..., K]` as rows."""
+        return x.reshape(-1, x.shape[-1])
+
+    def add(self, rows: Tensor) -> None:
+        """Takes the next micro-batch's rows, `[tokens, K]`."""
         first, last = np.searchsorted(self._chosen, (self._seen, self._seen + len(rows)))
-        self._rows.append(rows[torch.from_numpy(self._chosen[first:last] - self._seen).to(x.device)])
+        self._rows.append(rows[torch.from_numpy(self._chosen[first:last] - self._seen).to(rows.device)])
         self._seen += len(rows)
 
     def rows(self) -> Tensor:
@@ -96,11 +99,11 @@ class LayerSmoothing:
         stream = self._walk.stream(name, "bf16")
         assert stream is not None
         batches = stream.spread_batches(WATCHED)
-        tokens = sum(batch.count * batch.length for batch in batches)
+        tokens = sum(batch.num_tokens for batch in batches)
         samples = {group.name: InputSample(tokens, self._seed) for group in self._groups}
-        sites = {name: InputSite(observe=sample.observe) for name, sample in samples.items()}
-        with LaneLayer(self._walk.skeleton, self._layer, weights, self._walk.dtype, sites) as lane:
-            self._walk.watch(lane, batches, source)
+        observers = Observers(samples)
+        with LaneLayer(self._walk.skeleton, self._layer, weights, self._walk.dtype, observers.sites) as lane:
+            self._walk.watch(lane, batches, source, observers)
         return samples
 
     def _decide(
@@ -111,11 +114,12 @@ class LayerSmoothing:
         linears = [tensors[f"{linear}.weight"] for linear in group.linears]
         rows = [weight[torch.from_numpy(_draw(len(weight), self._seed)).to(weight.device)] for weight in linears]
         largest = torch.stack([column_maxima(weight) for weight in linears]).amax(0)
-        powers, exponents = choose(Sample(fitted.rows(), rows, largest), tie, rounding)
+        powers, exponents = choose(Sample(fitted.rows(), rows, largest), tie, rounding, self._walk.ranks.map)
         exponents = self._exact(group, exponents, tie, tensors)
         judge = Sample(held_out.rows(), rows, largest)
-        before, after = (
-            output_error(judge, tie.to_inputs(tried), rounding) for tried in (torch.zeros_like(exponents), exponents)
+        before, after = self._walk.ranks.map(
+            lambda tried: output_error(judge, tie.to_inputs(tried), rounding),
+            [torch.zeros_like(exponents), exponents],
         )
         kept = after < before
         self.measures[group.name] = {"powers": list(powers), "validation_error": [before, after], "kept": kept}

@@ -4,6 +4,7 @@ A step writes two temporary files, the output shard and the next hidden states, 
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from fourge.progress import WalkProgress
 from fourge.settings import QuantizeSettings
 from fourge.walk.choices import Choices
 from fourge.walk.hidden import HiddenFile
-from fourge.walk.job import Job, StepRecord, shard_name
+from fourge.walk.job import Job, JobFolder, StepRecord, shard_name
 from fourge.walk.layer_step import HiddenStates, LayerStep, StepOutput
 from fourge.walk.machine import device_peak
 from fourge.walk.walk import Walk
@@ -39,33 +40,45 @@ class QuantizingWalk:
         # The embedding is looked up; the head is multiplied with the probe's rows alone, in both lanes.
         return [0.01, *[1.0] * self.layout.num_layers, 0.01 + sizes[0] / sizes[1] * rows / self.walk.hidden_layout.rows]
 
-    def run(self, job: Job, progress: WalkProgress) -> None:
-        """Runs and commits every step that is left."""
-        for step in range(job.next_step, self.layout.num_steps):
-            self._run_one(step, job, progress)
+    def run(self, folder: JobFolder, first: int, progress: WalkProgress) -> None:
+        """Runs and commits every step from `first` on. Rank 0 commits, and is to be given its Job as the `folder`."""
+        for step in range(first, self.layout.num_steps):
+            self._run_one(step, folder, progress)
 
-    def _run_one(self, step: int, job: Job, progress: WalkProgress) -> None:
-        output, checksum = self._step(step, job, progress)
-        shard = shard_name(step, self.layout.num_steps)
-        written = write_safetensors(job.shard_temporary, self._entries(step, output))
-        job.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
+    def _run_one(self, step: int, folder: JobFolder, progress: WalkProgress) -> None:
+        output, checksum = self._step(step, folder, progress)
+        name = self.layout.step_name(step)
+        self.walk.ranks.require_same(output.decided(), f"{name} came out differently; use machines of one kind")
+        if isinstance(folder, Job):
+            shard = shard_name(step, self.layout.num_steps)
+            written = write_safetensors(folder.shard_temporary, self._entries(step, output))
+            folder.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
         record = {"step": step} | output.measures | device_peak(self.walk.device)
-        progress.finish_step(self.layout.step_name(step), output.facts, record)
+        progress.finish_step(name, output.facts, record)
+        self.walk.ranks.wait()
 
-    def _step(self, step: int, job: Job, progress: WalkProgress) -> tuple[StepOutput, int | None]:
+    def _step(self, step: int, folder: JobFolder, progress: WalkProgress) -> tuple[StepOutput, int | None]:
         last = step == self.layout.num_steps - 1
         if not self.walk.streams:
             return (StepOutput() if step == 0 or last else self._layer(step - 1, None, progress)), None
         if last:
-            with HiddenFile(job.hidden_path(step), self.walk.hidden_layout, create=False) as source:
+            with HiddenFile(folder.hidden_path(step), self.walk.hidden_layout, create=False) as source:
                 return self._head(source, progress), None
-        with HiddenFile(job.hidden_temporary, self.walk.hidden_layout, create=True) as target:
+        with self._new_states(folder.hidden_temporary) as target:
             if step == 0:
                 output = self._embedding(target, progress)
             else:
-                with HiddenFile(job.hidden_path(step), self.walk.hidden_layout, create=False) as source:
+                with HiddenFile(folder.hidden_path(step), self.walk.hidden_layout, create=False) as source:
                     output = self._layer(step - 1, HiddenStates(source, target), progress)
-            return output, target.finish()
+            # Every rank has forced its rows to disk before rank 0 goes on to rename the file.
+            return output, sum(self.walk.ranks.gather(target.finish())) % (1 << 64)
+
+    def _new_states(self, path: Path) -> HiddenFile:
+        """The file that all ranks write their rows into."""
+        ranks, layout = self.walk.ranks, self.walk.hidden_layout
+        created = HiddenFile(path, layout, create=True) if ranks.first else None
+        ranks.wait()
+        return created or HiddenFile(path, layout, create=False, join=True)
 
     def _entries(self, step: int, output: StepOutput) -> dict[str, Tensor | Copied]:
         entries: dict[str, Tensor | Copied] = {}

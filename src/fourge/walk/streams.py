@@ -21,8 +21,12 @@ class MicroBatch:
     length: int
 
     @property
+    def num_tokens(self) -> int:
+        return self.count * self.length
+
+    @property
     def last_row(self) -> int:
-        return self.first_row + self.count * self.length
+        return self.first_row + self.num_tokens
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The pass itself: token sequences through one layer of one lane, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from fourge.checkpoint.reader import Checkpoint
 from fourge.errors import InputError
-from fourge.walk.head import Fidelity, compare_heads, summarise
+from fourge.walk.head import ROWS, Fidelity, HeadMeasures, compare_heads, summarise
 from fourge.walk.hidden import HiddenFile, HiddenLayout
 from fourge.walk.layer import LaneLayer, fill
+from fourge.walk.observers import Observers, SeenEnoughError
+from fourge.walk.ranks import ALONE, Ranks, spans
 from fourge.walk.skeleton import Skeleton
 from fourge.walk.statistics import Estimate, clustered_mean
 from fourge.walk.streams import Lane, MicroBatch, Stream
 
 _HEAD_BLOCK_BYTES = 8 << 20
-
-
-class SeenEnoughError(Exception):
-    """Raised by an observer that needs nothing of what the layer would compute from here on."""
 
 
 Advance = Callable[[float, int], None]
@@ -30,13 +28,17 @@ Advance = Callable[[float, int], None]
 
 @dataclass(frozen=True)
 class Walk:
-    """What stays the same from layer to layer: the model's skeleton, its source, the sequences, the arithmetic."""
+    """What stays the same from layer to layer: the model's skeleton, its source, the sequences, the arithmetic.
+
+    With several `ranks`, each of them calls every method here, and runs its share of the micro-batches.
+    """
 
     skeleton: Skeleton
     source: Checkpoint
     streams: tuple[Stream, ...]
     dtype: torch.dtype
     device: torch.device
+    ranks: Ranks = ALONE
 
     @property
     def hidden_layout(self) -> HiddenLayout:
@@ -52,26 +54,62 @@ class Walk:
         name = f"{self.skeleton.architecture.embedding}.weight"
         total = sum(stream.num_tokens for stream in self.streams)
         for stream in self.streams:
-            for batch in stream.batches:
+
+            def write(batch: MicroBatch, stream: Stream = stream) -> Sequence[Tensor]:
                 tokens = stream.tokens(batch).reshape(-1)
                 target.write(batch.first_row, self.source.gather_rows(name, tokens).to(self.dtype))
-                advance(len(tokens) / total, len(tokens))
+                return ()
 
-    def run(self, layer: LaneLayer, stream: Stream, source: HiddenFile, target: HiddenFile, advance: Advance) -> None:
-        """Runs a stream's rows of `source` through `layer` into the same rows of `target`."""
-        for batch in stream.batches:
+            for batch, _ in self._each(stream.batches, write):
+                advance(batch.num_tokens / total, batch.num_tokens)
+
+    def run(
+        self,
+        layer: LaneLayer,
+        stream: Stream,
+        source: HiddenFile,
+        target: HiddenFile,
+        advance: Advance,
+        observers: Observers | None = None,
+    ) -> None:
+        """Runs a stream's rows of `source` through `layer` into the same rows of `target`.
+
+        `observers`, whose sites `layer` was built with, see every micro-batch, whichever rank runs it.
+        """
+        listening = observers or Observers()
+
+        def forward(batch: MicroBatch) -> Sequence[Tensor]:
             rows = source.read(batch.first_row, batch.last_row).to(self.device)
             output = layer(rows.view(batch.count, batch.length, -1)).reshape(rows.shape)
             require_in_range(output, layer.index, f"the {stream.name} set", stream.lane)
             target.write(batch.first_row, output)
-            advance(len(rows) / stream.num_tokens, len(rows))
+            return listening.collect()
 
-    def watch(self, layer: LaneLayer, batches: Iterable[MicroBatch], source: HiddenFile) -> None:
-        """Runs `batches` through `layer` for its observers' sake, each up to `SeenEnoughError`."""
-        for batch in batches:
-            rows = source.read(batch.first_row, batch.last_row).to(self.device)
-            with suppress(SeenEnoughError):
-                layer(rows.view(batch.count, batch.length, -1))
+        for batch, seen in self._each(stream.batches, forward):
+            listening.add(seen)
+            advance(batch.num_tokens / stream.num_tokens, batch.num_tokens)
+
+    def watch(self, layer: LaneLayer, batches: Sequence[MicroBatch], source: HiddenFile, observers: Observers) -> None:
+        """Runs `batches` through `layer` for its observers' sake alone, up to `SeenEnoughError`."""
+
+        def forward(batch: MicroBatch) -> Sequence[Tensor]:
+            self.look(layer, batch, source)
+            return observers.collect()
+
+        for _, seen in self._each(batches, forward):
+            observers.add(seen)
+
+    def look(self, layer: LaneLayer, batch: MicroBatch, source: HiddenFile) -> None:
+        """Runs one micro-batch through `layer`, up to `SeenEnoughError`; on this rank alone."""
+        rows = source.read(batch.first_row, batch.last_row).to(self.device)
+        with suppress(SeenEnoughError):
+            layer(rows.view(batch.count, batch.length, -1))
+
+    def _each(
+        self, batches: Sequence[MicroBatch], work: Callable[[MicroBatch], Sequence[Tensor]]
+    ) -> Iterator[tuple[MicroBatch, Sequence[Tensor]]]:
+        """Every micro-batch with what `work` made of it, on one of the ranks."""
+        return zip(batches, self.ranks.share(batches, work), strict=True)
 
     def relative_error(self, states: HiddenFile, name: str) -> Estimate:
         """Mean over tokens of ‖h_nvfp4 − h_bf16‖ / ‖h_bf16‖ between the two lanes' rows of set `name`.
@@ -80,33 +118,39 @@ class Walk:
         would drown them in a ratio of sums.
         """
         bf16, nvfp4 = self._lanes(name)
-        ratios = []
-        for batch in bf16.batches:
+
+        def compare(batch: MicroBatch) -> Sequence[Tensor]:
             h = states.read(batch.first_row, batch.last_row).double()
             shift = nvfp4.first_row - bf16.first_row
             other = states.read(batch.first_row + shift, batch.last_row + shift).double()
             norm = h.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-            ratios.append(((other - h).norm(dim=1) / norm).numpy())
+            return ((other - h).norm(dim=1) / norm,)
+
+        ratios = [ratio.numpy() for _, (ratio,) in self._each(bf16.batches, compare)]
         return clustered_mean(np.concatenate(ratios), _sequence_numbers(bf16))
 
     def fidelity(self, states: HiddenFile, name: str, advance: Advance) -> Fidelity:
         """Both lanes' next-token distributions on set `name`, from the last layer's hidden states."""
         bf16, nvfp4 = self._lanes(name)
-        norm = self.final_norm()
+        norm, targets = self.final_norm(), _next_tokens(bf16)
 
         def lane_states(stream: Stream, rows: slice) -> Tensor:
             first = stream.first_row
             final: Tensor = norm(states.read(first + rows.start, first + rows.stop).to(self.device))
             return final
 
-        with torch.no_grad():
-            measures = compare_heads(
-                lambda rows: (lane_states(bf16, rows), lane_states(nvfp4, rows)),
-                _next_tokens(bf16).to(self.device),
-                self.head_blocks(advance),
-            )
-        sequences = _sequence_numbers(bf16)[(_next_tokens(bf16) >= 0).numpy()]
-        return summarise(measures, sequences)
+        @torch.no_grad()
+        def compare(span: slice) -> Sequence[Tensor]:
+            def lanes(rows: slice) -> tuple[Tensor, Tensor]:
+                here = slice(span.start + rows.start, span.start + rows.stop)
+                return lane_states(bf16, here), lane_states(nvfp4, here)
+
+            measures = compare_heads(lanes, targets[span].to(self.device), self.head_blocks(advance))
+            return measures.to_tensors()
+
+        shares = spans(bf16.num_tokens, ROWS, self.ranks.size)
+        measures = HeadMeasures.joined(list(self.ranks.share(shares, compare)))
+        return summarise(measures, _sequence_numbers(bf16)[(targets >= 0).numpy()])
 
     def _lanes(self, name: str) -> tuple[Stream, Stream]:
         bf16, nvfp4 = self.stream(name, "bf16"), self.stream(name, "nvfp4")
