@@ -149,8 +149,9 @@ def quantize(
     with ExitStack() as held:
         with ranks.as_one():
             run = QuantizeRun.prepare(settings, output, ranks)
-            alike = run.fingerprint() | {"threads": settings.threads, "backend": settings.backend}
-            ranks.require_same(alike, "all ranks need the same")
+        alike = run.fingerprint() | {"threads": settings.threads, "backend": settings.backend}
+        ranks.require_same(alike, "all ranks need the same")
+        with ranks.as_one():
             job = held.enter_context(run.open_job(restart)) if ranks.first else None
             held.enter_context(disk_errors_named(output))
         run.work(job)

@@ -1,72 +1,21 @@
 """Killed at any instant, a job continues to the very bytes of a run that was never killed."""
 
-import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_runs import Zygote, committed_steps, contents, require_same
 
-from fourge.walk.job import FOLDER, INDEX
-
-OPTIONS = {
-    "calibration": "random",
-    "num_calibration_samples": 3,
-    "num_probe_samples": 2,
-    "max_seq_length": 12,
-    "threads": 1,
-}
-
-
-class Zygote:
-    """A process that forks quantizations; see crash_zygote.py."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("crash_zygote.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def quantize(
-        self,
-        model: Path,
-        output: Path,
-        method: str = "max",
-        kv_cache_scheme: str | None = None,
-        smooth: bool = False,
-        recipe_file: Path | None = None,
-        **request: Any,
-    ) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        # The methods along the curvature want more tokens than a layer has columns (96), or they fall back.
-        samples = {} if method == "max" else {"num_calibration_samples": 12}
-        options = OPTIONS | {"method": method, "kv_cache_scheme": kv_cache_scheme, "smooth": smooth} | samples
-        # Fused loops would be loaded by every child anew.
-        options |= {"backend": "torch", "recipe_file": None if recipe_file is None else str(recipe_file)}
-        request |= {"model": str(model), "output": str(output), "options": options}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+from fourge.walk.job import INDEX
 
 
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
-    process = Zygote()
+    process = Zygote("crash_zygote.py")
     yield process
     process.close()
 
@@ -80,27 +29,6 @@ def whole(
     answer = zygote.quantize(pico(), output)
     assert answer["killed_by"] is None and answer["operations"] > 40
     return output, answer
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    """Every file of a directory but the log of times."""
-    return {
-        str(path.relative_to(output)): path.read_bytes()
-        for path in sorted(output.rglob("*"))
-        if path.is_file() and path.name != "metrics.jsonl"
-    }
-
-
-def committed_steps(output: Path) -> int:
-    manifest = output / FOLDER / "job.json"
-    return len(json.loads(manifest.read_text())["steps"]) if manifest.exists() else 0
-
-
-def require_same(output: Path, whole: Path) -> None:
-    ours, expected = contents(output), contents(whole)
-    assert ours.keys() == expected.keys()
-    for name, content in expected.items():
-        assert ours[name] == content, name
 
 
 def test_killed_before_every_operation_of_every_commit(

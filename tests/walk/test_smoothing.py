@@ -132,8 +132,8 @@ def test_a_group_that_validation_speaks_against_is_not_kept(
     """Exponents that ruin one group, whatever calibration says for them: that group alone stays as it was."""
     choose = fourge.walk.smoothing.choose
 
-    def misled(sample: Sample, tie: Tie, rounding: Any) -> tuple[tuple[float, float], Tensor]:
-        powers, exponents = choose(sample, tie, rounding)
+    def misled(sample: Sample, tie: Tie, rounding: Any, each: Any) -> tuple[tuple[float, float], Tensor]:
+        powers, exponents = choose(sample, tie, rounding, each)
         if sample.inputs.shape[1] == 96:  # down_proj
             exponents = torch.tensor([-MOST, MOST], dtype=torch.int8).repeat(48)
         return powers, exponents
@@ -219,15 +219,15 @@ def test_a_subnormal_weight_is_reported_and_its_channel_not_scaled(pico: Callabl
 def test_a_sample_is_drawn_without_regard_to_how_the_input_comes() -> None:
     x = torch.arange(3000.0)[:, None] * torch.ones(4)
     whole, parts = InputSample(3000, 5), InputSample(3000, 5)
-    whole.observe(x)
+    whole.add(x)
     for part in x.split(700):
-        parts.observe(part.view(1, -1, 4))
+        parts.add(parts.summarise(part.view(1, -1, 4)))
     rows = whole.rows()
     assert torch.equal(rows, parts.rows())
     assert rows.shape == (1024, 4)
     assert len(set(rows[:, 0].tolist())) == 1024
     few = InputSample(3, 5)
-    few.observe(x[:3])
+    few.add(x[:3])
     assert torch.equal(few.rows(), x[:3])
 
 

@@ -5,6 +5,7 @@ results handed to every rank in the order of the pieces. So whatever is summed o
 whichever number of ranks, and comes out the same to the bit. A process alone is rank 0 of 1 and communicates nothing.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +129,10 @@ class Ranks:
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """Raises an InputError from within, on whichever rank, on every one; rank 0 is to say it."""
+        """Raises an InputError from within, on whichever rank, on every one; rank 0 is to say it.
+
+        Within, nothing is to be shared: a rank that fails would be missing there.
+        """
         error = None
         try:
             yield
@@ -162,7 +166,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).split("\n")[0]
+            reason = re.sub(r"^\[\S+:\d+\] ", "", str(error)).split("\n")[0].split(". ")[0]  # without gloo's own file
             raise RankLostError(
                 f"rank {self.rank} of {self.size}: another rank is gone ({reason}); what was committed is kept, "
                 "and the same command continues, with any number of ranks"
