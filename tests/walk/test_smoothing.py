@@ -150,7 +150,7 @@ def test_a_group_that_validation_speaks_against_is_not_kept(
 def test_where_nothing_is_kept_the_output_is_that_without_smoothing(
     pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ruinous(sample: Sample, tie: Tie, rounding: Any) -> tuple[tuple[float, float], Tensor]:
+    def ruinous(sample: Sample, tie: Tie, *rest: Any) -> tuple[tuple[float, float], Tensor]:
         channels = sample.inputs.shape[1] // tie.repeats
         return (0.5, 0.0), torch.tensor([-MOST, MOST], dtype=torch.int8).repeat(channels // 2)
 
