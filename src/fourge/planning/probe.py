@@ -21,10 +21,9 @@ from fourge.checkpoint.writer import write_safetensors
 from fourge.errors import InputError
 from fourge.methods.base import Method
 from fourge.methods.hessian import HessianAccumulator
-from fourge.methods.max import Max
 from fourge.methods.observe import InputStatistics
 from fourge.methods.smooth import Rounding, Sample, Tie, choose, output_error
-from fourge.nvfp4.quantize import QuantizedWeight, global_scale
+from fourge.nvfp4.quantize import QuantizedWeight, amax, global_scale, quantize_weight
 from fourge.settings import QuantizeSettings
 from fourge.walk.linear import InputSite, LaneLinear, to_nvfp4
 from fourge.walk.smoothing import SAMPLED
@@ -142,7 +141,7 @@ def _summing(square: Tensor) -> Callable[[], int]:
 
 def _linears(square: Tensor) -> tuple[LaneLinear, LaneLinear]:
     """A Linear `[4K, K]` of each lane."""
-    one = Max().prepare_group({"square": square}, None, [])(square)
+    one = quantize_weight(square, global_scale(amax(square)))
     quantized = QuantizedWeight(one.packed.repeat(4, 1), one.scale.repeat(4, 1), one.global_scale)
     site = InputSite(to_nvfp4(global_scale(torch.tensor(4.0, device=square.device)).reshape(1)))
     return LaneLinear(square.repeat(4, 1), None, InputSite()), LaneLinear(quantized, None, site)

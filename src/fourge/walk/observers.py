@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fourge.walk.linear import InputSite
+from fourge.walk.linear import InputSite, Rounding
 
 
 class SeenEnoughError(Exception):
@@ -37,9 +37,9 @@ class Observers:
         self._then_stop = then_stop
         self._seen: dict[str, Tensor] = {}
 
-    def site(self, group: str, global_scale: Tensor | None = None) -> InputSite:
-        """The input site that lets `group`'s observer see; `global_scale` as `InputSite` takes it."""
-        return InputSite(global_scale, partial(self._see, group))
+    def site(self, group: str, round_input: Rounding | None = None) -> InputSite:
+        """The input site that lets `group`'s observer see; `round_input` as `InputSite` takes it."""
+        return InputSite(round_input, partial(self._see, group))
 
     @property
     def sites(self) -> dict[str, InputSite]:
