@@ -169,6 +169,6 @@ def _result(run: "QuantizeRun", job: "Job", seconds: float) -> QuantizeResult:
         seconds=seconds,
         peak_resident_bytes=peak_resident_bytes(),
         continued=job.continued,
-        device=settings.device,
-        backend=settings.backend,
+        device=run.settings.device,
+        backend=run.settings.backend,
     )
