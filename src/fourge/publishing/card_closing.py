@@ -49,9 +49,9 @@ def sources(sections: Sequence[Section]) -> Section:
         for trace in section.traces
     ]
     intro = (
-        "No figure on this card was typed: each was read from a file of the checkpoint's directory (OUT) or given on "
-        f"the command line. `fourge card OUT` ({__version__}) writes the card anew; `fourge verify OUT` checks the "
-        "files. `.fourge` is the job's own folder, which is not published."
+        "Outside the owner's own text no figure on this card was typed: each was read from a file of the checkpoint's "
+        f"directory (OUT) or given on the command line. `fourge card OUT` ({__version__}) writes the card anew; "
+        "`fourge verify OUT` checks the files. `.fourge` is the job's own folder, which is not published."
     )
     if not rows:
         return Section("Where the figures come from", intro)

@@ -121,6 +121,7 @@ def _scores(found: Mapping[str, Any], tasks: _Tasks) -> list[str]:
     ]
 
 
+_BESIDE = " and quantized/results.json beside it"
 _LANES = ("baseline", "quantized")
 
 
@@ -167,7 +168,7 @@ def _settings(content: Mapping[str, Any]) -> str:
 
 def _traces(card: CardFacts) -> tuple[Trace, ...]:
     traces = [
-        Trace(f"scores, {plain(found.name)}", f"{found.file}, quantized/results.json beside it", "fourge evaluate")
+        Trace(f"scores, {plain(found.name)}", f"{found.file}{_BESIDE if found.results else ''}", "fourge evaluate")
         for found in card.evidence.evaluations
     ]
     given = [Trace(f"scores, {plain(one.name)}", plain(one.file), "given by hand") for one in card.options.references]

@@ -37,8 +37,8 @@ def hardware(card: CardFacts) -> Section:
     intro = (
         f"The fewest GPUs that hold {request.concurrency} sequence of {request.max_model_len:,} tokens under vLLM, "
         f"which may take {request.gpu_memory_utilization:.0%} of each one's memory. Weights are exact; what an engine "
-        "needs beside them is an estimate. More GPUs may be used: tensor-parallel sizes "
-        f"{', '.join(map(str, plan.tensor_parallel_sizes))} work."
+        "needs beside them is an estimate. The model can be cut over "
+        f"{', '.join(map(str, plan.tensor_parallel_sizes))} GPUs (tensor-parallel sizes)."
     )
     kernels = bullets([f"**{kernel.name}**: {kernel.accuracy}; {kernel.speed}." for kernel in plan.kernels])
     reasons = [f"{fit.gpu}: {fit.reason}." for fit in plan.gpus if not fit.holds]
@@ -165,5 +165,5 @@ def _sglang(card: CardFacts, fit: "Fit | None") -> list[str]:
     arguments += ["--context-length", str(plan.request.max_model_len)]
     if fit.count > 1:
         arguments += ["--tp", str(fit.count)]
-    note = f"Needs GPUs with FP4 tensor cores; on {_gpus(fit)}, as many as under vLLM:"
+    note = f"Needs GPUs with FP4 tensor cores. On {_gpus(fit)}, the number that holds it under vLLM:"
     return [note, code(shlex.join(arguments))]

@@ -26,7 +26,7 @@ from fourge.publishing.source_card import keep_source_card, read_source_card
 TEMPLATE = """\
 # {{ name }}
 
-{{ base_model }} in {{ scheme }}.
+{{ scheme }} quantization of {{ base_model }}.
 
 {{ owner("introduction") }}
 
