@@ -3,14 +3,12 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from fourge.progress import format_bytes, format_seconds
+from fourge.progress import format_binary, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from fourge.convert import ConvertResult
     from fourge.quantize import QuantizeResult
     from fourge.verify import VerifyReport
-
-GIB = 1 << 30
 
 
 def estimate_text(estimate: dict[str, Any], digits: int = 4) -> str:
@@ -35,7 +33,7 @@ def quantize_summary(result: "QuantizeResult") -> str:
     """The closing table of `fourge quantize`."""
     lines = [
         f"{result.output}",
-        f"  size         {format_bytes(result.output_bytes)} ({result.output_bytes / GIB:.2f} GiB), "
+        f"  size         {format_bytes(result.output_bytes)} ({format_binary(result.output_bytes)}), "
         f"from {format_bytes(result.source_bytes)}",
         f"  quantized    {result.quantized_linears} Linears, {result.events} events",
     ]
@@ -77,7 +75,7 @@ def convert_summary(result: "ConvertResult") -> str:
         f"{result.output}",
         f"  layout       {result.layout}, from {result.source_layout}",
         f"  quantized    {result.quantized_linears} Linears, {result.scheme}{kv_cache}",
-        f"  size         {format_bytes(result.output_bytes)} ({result.output_bytes / GIB:.2f} GiB)",
+        f"  size         {format_bytes(result.output_bytes)} ({format_binary(result.output_bytes)})",
     ]
     if result.restored:
         lines.append("  restored     scales and JSON files of what it was converted from")
