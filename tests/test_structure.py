@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "settings": set(),
     "launch": {"errors"},
     "recipes": set(),
-    "recipe_file": {"settings", "methods", "errors"},
+    "recipe_file": {"checkpoint", "settings", "methods", "errors"},
+    "mixing": {"nvfp4", "checkpoint", "methods", "settings", "progress", "errors", "walk"},
+    "sensitivity": {"checkpoint", "mixing", "recipe_file", "settings", "progress", "errors", "walk"},
     "data": {"checkpoint", "errors"},
     "methods": {"nvfp4", "errors"},
     "progress": set(),
@@ -46,10 +48,10 @@ MAY_IMPORT = {
     "sign": {"checkpoint", "publishing", "sbom", "progress", "errors"},
     "sbom": {"checkpoint", "publishing", "errors"},
     "page": {"checkpoint", "publishing", "errors"},
-    "report": {"plan", "planning", "quantize", "verify", "convert", "progress", "checks"},
+    "report": {"plan", "planning", "quantize", "sensitivity", "verify", "convert", "progress", "checks"},
     "cli": {
         *("card", "page", "push", "sign", "sbom", "chat", "compare", "serve"),
-        *("evaluate", "plan", "quantize", "verify", "convert", "report"),
+        *("evaluate", "plan", "quantize", "sensitivity", "verify", "convert", "report"),
         *("errors", "launch"),
     },
 }

@@ -1,9 +1,9 @@
 """Fourge turns BF16 language models of any size into verified NVFP4 checkpoints, on one ordinary machine.
 
-The verbs are functions here and commands of the same names: `fourge.plan`, `fourge.quantize`, `fourge.verify`,
-`fourge.convert`, `fourge.evaluate`, `fourge.compare`, `fourge.card`, `fourge.page`, `fourge.sign`, `fourge.sbom`,
-`fourge.push`, `fourge.serve`, `fourge.chat`. Their modules import torch and transformers when called, so that
-`import fourge` stays light.
+The verbs are functions here and commands of the same names: `fourge.plan`, `fourge.sensitivity`, `fourge.quantize`,
+`fourge.verify`, `fourge.convert`, `fourge.evaluate`, `fourge.compare`, `fourge.card`, `fourge.page`, `fourge.sign`,
+`fourge.sbom`, `fourge.push`, `fourge.serve`, `fourge.chat`. Their modules import torch and transformers when called,
+so that `import fourge` stays light.
 """
 
 from fourge._version import __version__
@@ -18,6 +18,7 @@ from fourge.plan import PlanReport, plan
 from fourge.push import PushResult, push
 from fourge.quantize import QuantizeResult, quantize
 from fourge.sbom import SbomResult, sbom
+from fourge.sensitivity import SensitivityResult, sensitivity
 from fourge.serve import ServeResult, serve
 from fourge.sign import SignResult, sign
 from fourge.verify import VerifyReport, verify
@@ -34,6 +35,7 @@ __all__ = [
     "PushResult",
     "QuantizeResult",
     "SbomResult",
+    "SensitivityResult",
     "ServeResult",
     "SignResult",
     "VerifyReport",
@@ -48,6 +50,7 @@ __all__ = [
     "push",
     "quantize",
     "sbom",
+    "sensitivity",
     "serve",
     "sign",
     "verify",

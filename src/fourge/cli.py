@@ -31,9 +31,11 @@ from fourge.report.evaluation_text import evaluation_summary
 from fourge.report.page_text import page_summary
 from fourge.report.plan_text import plan_summary
 from fourge.report.publish_text import push_summary, sbom_summary, sign_summary
+from fourge.report.sensitivity_text import sensitivity_summary
 from fourge.report.serve_text import chat_summary, serve_summary
 from fourge.report.text import convert_summary, quantize_summary, verify_summary
 from fourge.sbom import sbom
+from fourge.sensitivity import sensitivity
 from fourge.serve import serve
 from fourge.sign import sign
 from fourge.verify import verify
@@ -96,6 +98,7 @@ def _command(
 
 
 _command(plan, plan_summary)
+_command(sensitivity, sensitivity_summary, stopped="the layers that were walked are kept, continue")
 _command(quantize, quantize_summary, stopped="what was committed is kept, continue", ranks=True)
 _command(verify, verify_summary, lambda report: 0 if report.passed else 1)
 _command(convert, convert_summary, stopped="the shards that were written are kept, continue")

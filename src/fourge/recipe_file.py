@@ -11,6 +11,8 @@ the method; where none does, `--scheme` and `--method` do.
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +30,23 @@ def read_recipe_file(path: Path) -> tuple[Rule, ...]:
     if not content["rules"]:
         raise InputError(f"{path}: has no rule; leave --recipe-file out to quantize all alike")
     return tuple(_rule(entry, f"{path}: rule {number}") for number, entry in enumerate(content["rules"], 1))
+
+
+def write_recipe_file(path: Path, rules: Iterable[Rule], comment: str) -> None:
+    """Puts a file down that `read_recipe_file` reads as `rules`; JSON by its name, else YAML under `comment`."""
+    import yaml
+
+    from fourge.checkpoint.durable import json_text, replaced
+
+    content = {"rules": [{key: value for key, value in asdict(rule).items() if value is not None} for rule in rules]}
+    for rule in content["rules"]:
+        rule["targets"] = list(rule["targets"])
+    if path.suffix == ".json":
+        text = json_text(content)
+    else:
+        text = "".join(f"# {line}\n" for line in comment.splitlines()) + yaml.safe_dump(content, sort_keys=False)
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _parse(path: Path) -> Any:

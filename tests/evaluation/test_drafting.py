@@ -256,7 +256,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_answers(
 ) -> None:
     """Stopped just before a file is replaced: the journal, or what a verifying walk commits."""
     from fourge.checkpoint import durable
-    from fourge.evaluation import scoring_job
+    from fourge.walk import walk_folder
 
     calls = [0]
     original = durable.replace_durably
@@ -269,7 +269,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_answers(
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(durable, "replace_durably", stopping)
-        patch.setattr(scoring_job, "replace_durably", stopping)
+        patch.setattr(walk_folder, "replace_durably", stopping)
         generation(models, tmp_path)[0].answer(asked[:8])
     made, _ = generation(models, tmp_path)
     assert (made.answer(asked[:8]), made.outcomes) == never_stopped

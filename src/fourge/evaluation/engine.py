@@ -23,11 +23,12 @@ from fourge.evaluation.lanes import ScoringLane, open_lanes
 from fourge.evaluation.prompting import load_tokenizer
 from fourge.evaluation.requests import GenerateRequest, Results, Role, RunLmEval, ScoreRequest
 from fourge.evaluation.scoring import ScoringPlan, plan_scoring
-from fourge.evaluation.scoring_job import ScoringJob, digest_requests, read_stored
+from fourge.evaluation.scoring_job import ScoringJob, digest_requests
 from fourge.evaluation.scoring_walk import ScoringWalk
 from fourge.progress import announced
 from fourge.walk.resources import return_freed_layers
 from fourge.walk.statistics import Estimate
+from fourge.walk.walk_folder import read_stored
 
 if TYPE_CHECKING:
     from fourge.evaluation.draft_server import DraftServer

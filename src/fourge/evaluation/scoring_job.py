@@ -1,35 +1,23 @@
-"""What a walk over lm-eval's requests keeps on disk, safe to kill at any instant.
+"""What a walk over lm-eval's requests keeps on disk: a walk's folder (`walk_folder.py`) that ends in answers.
 
     FOLDER/
-      job.json           the only truth: the fingerprint, the checksum of the hidden states after every committed
-                         step, and the result once there is one
-      hidden-000SS.bin   the hidden states that step SS reads (one file; two while a step commits)
       answers.npz        what the walk found out, a request; there when job.json has a result
-      metrics.jsonl      a log for people, never read for a decision
-      lock               held while a process is at work
-      hidden.tmp         being written
 
-Steps are the embedding, every decoder layer, the head. A step commits by renaming its hidden states (the head: the
-answers), then replacing job.json; then the states it read are deleted. A kill before job.json's replacement leaves
-files that nothing refers to, and the next run writes them again; after it, at most files that it deletes.
+Steps are the embedding, every decoder layer, the head; the last one commits by renaming the answers.
 """
 
-import fcntl
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from fourge.checkpoint.durable import replace_durably, replaced, write_json
+from fourge.checkpoint.durable import replaced
 from fourge.errors import InputError
-from fourge.settings import first_difference
-from fourge.walk.hidden import HiddenLayout, checksum_file
+from fourge.walk import walk_folder
 from fourge.walk.job import sha256_file
+from fourge.walk.walk_folder import WalkFolder
 
 _SAID = {
     "requests": "with other requests (tasks, shots, limit, template or tokenizer)",
@@ -38,121 +26,21 @@ _SAID = {
 }
 
 
-class ScoringJob:
+class ScoringJob(WalkFolder):
     """A folder held by this process, new or continued. `checksums` has an entry a committed step."""
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.fingerprint = dict(fingerprint)
-        self.checksums: list[int] = []
-        self.result: dict[str, Any] | None = None
-        self._lock: int | None = None
-
-    def open(self, *, restart: bool = False) -> Self:
-        """Takes the folder; InputError where another process has it, or holds another walk's, or is damaged."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        try:
-            if restart:
-                self._clear()
-            stored = read_stored(self.folder)
-            if stored is None:
-                self._save()
-            else:
-                self._continue(stored)
-            self._remove_leftovers()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def _take_lock(self) -> None:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"{self.folder} is in use by another evaluation; wait for it or name another -o") from None
-        self._lock = descriptor
-
-    def _clear(self) -> None:
-        # The manifest goes first: without it, what else is left is nobody's.
-        for path in sorted(self.folder.iterdir(), key=lambda path: path.name != "job.json"):
-            if path.name != "lock":
-                path.unlink()
-
-    def _continue(self, stored: Mapping[str, Any]) -> None:
-        require_same(self.folder, self.fingerprint, stored["fingerprint"])
-        self.checksums, self.result = stored["checksums"], stored["result"]
-
-    def _remove_leftovers(self) -> None:
-        for path in self.folder.iterdir():
-            needed = path == self.hidden_path(self.next_step) and self.result is None
-            if path.suffix == ".tmp" or (path.name.startswith("hidden-") and not needed):
-                path.unlink()
-
-    def close(self) -> None:
-        """Gives the folder back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def next_step(self) -> int:
-        return len(self.checksums)
-
-    @property
-    def hidden_temporary(self) -> Path:
-        return self.folder / "hidden.tmp"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
+    user = "another evaluation"
+    said = _SAID
 
     @property
     def _answers_path(self) -> Path:
         return self.folder / "answers.npz"
 
-    def hidden_path(self, step: int) -> Path:
-        """Where the hidden states lie that step `step` reads."""
-        return self.folder / f"hidden-{step:05d}.bin"
-
-    def check_hidden(self, layout: HiddenLayout) -> None:
-        """Reads back the hidden states that come next; InputError where they are not what was committed."""
-        path = self.hidden_path(self.next_step)
-        state = None
-        if not path.is_file():
-            state = "is gone"
-        elif path.stat().st_size != layout.nbytes:
-            state = f"has {path.stat().st_size} bytes, not {layout.nbytes}"
-        elif checksum_file(path, layout) != self.checksums[-1]:
-            state = "is not what was written (its checksum differs)"
-        if state is not None:
-            raise InputError(f"{path} {state}; the walk cannot go on from here: start over with --restart")
-
-    def commit_hidden(self, checksum: int) -> None:
-        """Commits step `next_step`, whose hidden states lie whole and forced to disk in `hidden_temporary`."""
-        step = self.next_step
-        replace_durably(self.hidden_temporary, self.hidden_path(step + 1))
-        self.checksums.append(checksum)
-        self._save()
-        self.hidden_path(step).unlink(missing_ok=True)
-
     def finish(self, answers: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Commits the last step: the answers, and `facts` (JSON values) beside them."""
         with replaced(self._answers_path) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **answers)
-        self.result = {"answers_sha256": sha256_file(self._answers_path), **facts}
-        self._save()
-        self.hidden_path(self.next_step).unlink(missing_ok=True)
+        self.conclude({"answers_sha256": sha256_file(self._answers_path), **facts})
 
     def answers(self) -> dict[str, np.ndarray]:
         """What `finish` was given; InputError where the file is not what was committed."""
@@ -163,31 +51,10 @@ class ScoringJob:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
 
-    def _save(self) -> None:
-        content = {"fingerprint": self.fingerprint, "checksums": self.checksums, "result": self.result}
-        write_json(self.folder / "job.json", content)
-
-
-def read_stored(folder: Path) -> dict[str, Any] | None:
-    """What `job.json` says, None where there is none; InputError when it is damaged."""
-    path = folder / "job.json"
-    if not path.exists():
-        return None
-    try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if {*stored} != {"fingerprint", "checksums", "result"}:
-            raise ValueError("keys are missing")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); start over with --restart") from error
-    return stored
-
 
 def require_same(folder: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """InputError where what is in `folder` was begun with another fingerprint, naming the first difference."""
-    key = first_difference(ours, theirs)
-    if key is not None:
-        said = _SAID.get(key, f"with {key} = {theirs.get(key)!r}, now it is {ours.get(key)!r}")
-        raise InputError(f"{folder} was begun {said}; --restart starts over, another -o keeps both")
+    walk_folder.require_same(folder, ours, theirs, _SAID)
 
 
 def digest_requests(keys: list[bytes]) -> str:

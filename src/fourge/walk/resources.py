@@ -68,12 +68,17 @@ def estimate_needs(
         for step in range(layout.num_steps)
     )
     layer = max(_largest_moment(layout, source, layer, choices) for layer in range(layout.num_layers))
-    widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
-    # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
-    micro_batch = longest_batch * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
+    micro_batch = micro_batch_bytes(layout, hidden, longest_batch)
     smoothing = smoothing_bytes(layout, hidden.dtype) if settings.smooth else 0
     works_with = max(smoothing, _METHOD_BYTES if choices.needs_hessian else 0)
     return Needs(output, hidden.nbytes, layer, micro_batch, works_with)
+
+
+def micro_batch_bytes(layout: Layout, hidden: HiddenLayout, tokens: int) -> int:
+    """What running a micro-batch of `tokens` tokens takes."""
+    widest = max(layout.shapes[f"{name}.weight"][0] for name in layout.quantized)
+    # Residual, normed input, its quantized copy and two outputs of the hidden width; gate, up and their product.
+    return tokens * (6 * hidden.width + 4 * widest) * hidden.dtype.itemsize
 
 
 def _largest_moment(layout: Layout, source: Checkpoint, layer: int, choices: Choices) -> int:

@@ -91,10 +91,10 @@ class QuantizeRun:
                     job.remove_leftovers()
                 raise
 
-    def render_sets(self, job: Job) -> None:
-        """Writes the job's sequences: once, so that a continued run sees the same tokens."""
+    def render_sets(self, path: Path) -> None:
+        """Writes the run's sequences to `path`: once, so that a continued run sees the same tokens."""
         settings = self.settings
-        if settings.calibration == "none" or job.tokens_path.exists():
+        if settings.calibration == "none" or path.exists():
             return
         request = DataRequest(
             source=settings.calibration,
@@ -109,11 +109,11 @@ class QuantizeRun:
         vocabulary = int(self.skeleton.config.vocab_size)
         with announced(f"Rendering {settings.calibration}"):
             sets = load_token_sets(request, self.source.directory, vocabulary, sampler)
-        save_token_sets(job.tokens_path, sets)
+        save_token_sets(path, sets)
 
-    def read_sets(self, folder: JobFolder) -> TokenSets | None:
-        """The job's sequences; None where there are none."""
-        return None if self.settings.calibration == "none" else read_token_sets(folder.tokens_path)
+    def read_sets(self, path: Path) -> TokenSets | None:
+        """The sequences kept at `path`; None where there are none."""
+        return None if self.settings.calibration == "none" else read_token_sets(path)
 
     def streams(self, sets: TokenSets | None) -> tuple[Stream, ...]:
         """Which set runs in which lane, laid out in one file."""
@@ -149,7 +149,7 @@ class QuantizeRun:
         if next_step is None:
             return
         with self.ranks.as_one():
-            sets = self.read_sets(folder)
+            sets = self.read_sets(folder.tokens_path)
             quantizing = self._quantizing_walk(sets)
         steps, costs = self.layout.num_steps, quantizing.costs()
         about = {"machine": describe_machine(self.device), "ranks": self.ranks.size}
@@ -168,8 +168,8 @@ class QuantizeRun:
         if job.next_step == 0:
             with announced("Checking embedding and head for NaN and Inf"):
                 require_finite_ends(self.source, self.layout)
-        self.render_sets(job)
-        walk = self._quantizing_walk(self.read_sets(job)).walk
+        self.render_sets(job.tokens_path)
+        walk = self._quantizing_walk(self.read_sets(job.tokens_path)).walk
         if job.next_step:
             with WalkProgress("committed", job.next_step) as progress:
                 checked = partial(progress.finish_step, facts="as committed", record={})

@@ -127,7 +127,7 @@ class Walk:
             return ((other - h).norm(dim=1) / norm,)
 
         ratios = [ratio.numpy() for _, (ratio,) in self._each(bf16.batches, compare)]
-        return clustered_mean(np.concatenate(ratios), _sequence_numbers(bf16))
+        return clustered_mean(np.concatenate(ratios), sequence_numbers(bf16))
 
     def fidelity(self, states: HiddenFile, name: str, advance: Advance) -> Fidelity:
         """Both lanes' next-token distributions on set `name`, from the last layer's hidden states."""
@@ -150,7 +150,7 @@ class Walk:
 
         shares = spans(bf16.num_tokens, ROWS, self.ranks.size)
         measures = HeadMeasures.joined(list(self.ranks.share(shares, compare)))
-        return summarise(measures, _sequence_numbers(bf16)[(targets >= 0).numpy()])
+        return summarise(measures, sequence_numbers(bf16)[(targets >= 0).numpy()])
 
     def _lanes(self, name: str) -> tuple[Stream, Stream]:
         bf16, nvfp4 = self.stream(name, "bf16"), self.stream(name, "nvfp4")
@@ -186,7 +186,7 @@ def require_in_range(output: Tensor, layer: int, what: str, lane: Lane) -> None:
         )
 
 
-def _sequence_numbers(stream: Stream) -> np.ndarray:
+def sequence_numbers(stream: Stream) -> np.ndarray:
     """For every row of a stream, the number of its sequence."""
     return np.repeat(np.arange(len(stream.sequences)), [len(sequence) for sequence in stream.sequences])
 
