@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fourge.progress import format_bytes, format_seconds
-from fourge.report.text import GIB
+from fourge.progress import format_binary, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from fourge.mixing.mixture import Mixture
@@ -58,6 +57,6 @@ def _mixture(mixture: "Mixture", scheme: str) -> list[str]:
     return [
         f"  mixture      {mixture.bits:.4f} bits a weight of {mixture.target_bits:g}: groups {counts}",
         f"  its damage   {mixture.damage:.4g} in all, {mixture.damage / mixture.damage_in_fp4:.2f} of all in {scheme}",
-        f"  its size     {format_bytes(mixture.output_bytes)} ({mixture.output_bytes / GIB:.2f} GiB)",
+        f"  its size     {format_bytes(mixture.output_bytes)} ({format_binary(mixture.output_bytes)})",
         f"  recipe       {mixture.recipe_file}",
     ]
