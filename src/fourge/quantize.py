@@ -1,6 +1,7 @@
 """`fourge quantize`: a BF16 checkpoint becomes an NVFP4 one, one decoder layer at a time, safe to kill."""
 
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class QuantizeResult:
     source_bytes: int
     output_bytes: int
     quantized_linears: int
+    linears_by_scheme: dict[str, int]
     events: int
     seconds: float
     peak_resident_bytes: int
@@ -165,6 +167,7 @@ def _result(run: "QuantizeRun", job: "Job", seconds: float) -> QuantizeResult:
         source_bytes=sum(info.nbytes for info in run.source.tensors.values()),
         output_bytes=sum(record.size for record in job.records),
         quantized_linears=len(run.layout.quantized),
+        linears_by_scheme=dict(Counter(run.layout.schemes.values())),
         events=sum(len(record.events) for record in job.records),
         seconds=seconds,
         peak_resident_bytes=peak_resident_bytes(),

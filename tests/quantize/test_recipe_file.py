@@ -14,8 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fourge
+from fourge.chatting.resident import weights_in_memory
+from fourge.checkpoint.reader import Checkpoint
 from fourge.errors import InputError
+from fourge.evaluation.engine_choice import loaded_bytes
 from fourge.recipe_file import read_recipe_file
+from fourge.report.text import quantize_summary
 from fourge.settings import Rule
 
 FEW: dict[str, Any] = {
@@ -200,7 +204,8 @@ def test_the_recipe_is_part_of_the_job(mixture: tuple[Path, Path, Path], tmp_pat
     again = tmp_path / "again.yaml"
     again.write_text(recipe.read_text())
     result = fourge.quantize(str(source), output, recipe_file=again, **options)
-    assert result.continued and result.quantized_linears == 13
+    assert result.continued and result.linears_by_scheme == {"NVFP4": 11, "FP8": 2}
+    assert "13 Linears (11 in NVFP4, 2 in FP8), 0 events" in quantize_summary(result)
     with pytest.raises(InputError, match="begun with recipe_file"):
         fourge.quantize(str(source), output, recipe_file=write(tmp_path, DOWN_IN_FP8), **options)
     with pytest.raises(InputError, match="begun with recipe_file"):
@@ -307,6 +312,14 @@ def test_what_cannot_take_a_mixture_says_so(mixture: tuple[Path, Path, Path], tm
     with pytest.raises(InputError, match="Linears in FP8"):
         fourge.serve(output, print_command=True)
     assert fourge.serve(output, gpu="b200", print_command=True).numerics == "W4A4"
+
+
+def test_the_memory_of_a_mixture_in_transformers(mixture: tuple[Path, Path, Path]) -> None:
+    """Decompressed, it is the source again, and some scales."""
+    source, output, _ = mixture
+    whole = sum(tensor.nbytes for tensor in stored(source).values())
+    for counted in (loaded_bytes(output), weights_in_memory(Checkpoint.open(output))):
+        assert whole <= counted < 1.1 * whole
 
 
 def test_card_and_page_show_a_mixture(mixture: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -26,11 +26,13 @@ _WORKING_BYTES = 1 << 30
 
 
 def weights_in_memory(checkpoint: Checkpoint) -> int:
-    """Bytes that transformers holds: NVFP4 codes become BF16, their scales go; everything else stays."""
+    """Bytes that transformers holds: codes of NVFP4 and FP8 become BF16, their scales go; everything else stays."""
     total = 0
     for name, info in checkpoint.tensors.items():
         if name.endswith(".weight_packed"):
             total += 2 * 2 * prod(info.shape)  # two codes a byte, two bytes a value
+        elif info.dtype == "F8_E4M3" and name.endswith(".weight"):
+            total += 2 * info.nbytes
         elif info.dtype in ("BF16", "F16", "F32"):
             total += info.nbytes
     return total

@@ -47,9 +47,10 @@ def choose_engine(
 
 
 def loaded_bytes(directory: Path) -> int:
-    """Bytes of a checkpoint's weights in transformers' memory: NVFP4 decompressed to BF16, four times the codes."""
+    """Bytes of a checkpoint's weights in transformers' memory: decompressed to BF16, four times NVFP4's codes, twice
+    FP8's."""
     tensors = Checkpoint.open(directory).tensors.values()
-    return sum(info.nbytes * 4 if info.dtype == "U8" else info.nbytes for info in tensors)
+    return sum(info.nbytes * {"U8": 4, "F8_E4M3": 2}.get(info.dtype, 1) for info in tensors)
 
 
 def file_bytes(directory: Path) -> int:

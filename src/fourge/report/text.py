@@ -35,7 +35,7 @@ def quantize_summary(result: "QuantizeResult") -> str:
         f"{result.output}",
         f"  size         {format_bytes(result.output_bytes)} ({format_binary(result.output_bytes)}), "
         f"from {format_bytes(result.source_bytes)}",
-        f"  quantized    {result.quantized_linears} Linears, {result.events} events",
+        f"  quantized    {_linears(result)}, {result.events} events",
     ]
     if result.fidelity is None:
         lines.append("  fidelity     not measured (no probe sequences)")
@@ -47,6 +47,12 @@ def quantize_summary(result: "QuantizeResult") -> str:
         + (" (continued)" if result.continued else "")
     )
     return "\n".join(lines)
+
+
+def _linears(result: "QuantizeResult") -> str:
+    counts = result.linears_by_scheme
+    mixture = ", ".join(f"{count} in {scheme}" for scheme, count in counts.items()) if len(counts) > 1 else ""
+    return f"{result.quantized_linears} Linears" + (f" ({mixture})" if mixture else "")
 
 
 def verify_summary(report: "VerifyReport") -> str:
