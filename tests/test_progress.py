@@ -44,4 +44,5 @@ def test_plain_lines_and_a_log_when_not_on_a_terminal(tmp_path: Path) -> None:
     assert (first["name"], first["tokens"], first["bytes_read"]) == ("embedding", 7, 1000)
     assert (second["step"], second["tokens"]) == (1, 0) and second["resident_bytes"] > 0
     assert second["peak_resident_bytes"] >= first["peak_resident_bytes"] > 0
+    assert first["cpu_seconds"] >= 0 and second["cpu_seconds"] >= 0
     assert first["machine"] == second["machine"] == "this"

@@ -87,7 +87,7 @@ class WalkProgress:
         self._stream = stream or sys.stderr
         self._log, self._about = None if self._muted else log, dict(about or {})
         self._began = time.monotonic()
-        self._step_began = self._began
+        self._step_began, self._step_cpu = self._began, time.process_time()
         self._tokens, self._bytes = 0, 0
         self._step_tokens, self._step_bytes = 0, 0
         self._bar: Progress | None = None
@@ -147,6 +147,8 @@ class WalkProgress:
         """Ends a step: a line for people, `record` with times and rates for the log."""
         now = time.monotonic()
         seconds = now - self._step_began
+        cpu_now = time.process_time()
+        cpu_seconds, self._step_cpu = cpu_now - self._step_cpu, cpu_now
         self._done, self._share, self._step_began = self._done + 1, 0.0, now
         line = f"{name}  {facts}  {format_seconds(seconds)}".rstrip()
         if self._bar is not None:
@@ -161,6 +163,7 @@ class WalkProgress:
                 | {
                     "name": name,
                     "seconds": round(seconds, 4),
+                    "cpu_seconds": round(cpu_seconds, 4),
                     "tokens": self._step_tokens,
                     "bytes_read": self._step_bytes,
                     "resident_bytes": resident_bytes(),

@@ -416,14 +416,16 @@ def test_a_real_jobs_figures(finished: Path) -> None:
     text = card_text(finished)
     size = sum(path.stat().st_size for path in finished.glob("*.safetensors"))
     fidelity = json.loads((finished / ".fourge/job.json").read_text())["result"]["fidelity"]
-    seconds = sum(json.loads(line)["seconds"] for line in (finished / ".fourge/metrics.jsonl").read_text().splitlines())
+    steps = [json.loads(line) for line in (finished / ".fourge/metrics.jsonl").read_text().splitlines()]
+    seconds = sum(step["seconds"] for step in steps)
     assert f"{size:,} bytes" in text
     assert "second moments; 14 Linears another way, as recorded below; input scales" in text
     assert "weighted search instead (8 ×)" in text
     assert "**Calibration set** | random tokens" in text and "held-out tokens of random tokens" in text
     assert row(text, "Perplexity, this model")[1].startswith(f"{fidelity['perplexity_nvfp4']['mean']:,.3f}")
-    assert f"**Time** | {round(seconds)}s for 4 steps" in text
-    last = json.loads((finished / ".fourge/metrics.jsonl").read_text().splitlines()[-1])
+    cpu = sum(step["cpu_seconds"] for step in steps)
+    assert f"**Time** | {round(seconds)}s ({round(cpu)}s of CPU time) for 4 steps" in text
+    last = steps[-1]
     assert f"**Peak memory** | {format_bytes(last['peak_resident_bytes'])} resident" in text
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     machine = f"{cpu.partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} logical CPU"

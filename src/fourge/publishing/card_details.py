@@ -133,7 +133,9 @@ def _cost_rows(card: CardFacts, settings: Mapping[str, Any]) -> list[tuple[str, 
     metrics = card.evidence.metrics
     if metrics:
         seconds = format_seconds(sum(step.seconds for step in metrics))
-        rows.append(("Time", f"{seconds} for {len(metrics)} steps, without preparing the text"))
+        cpu = [step.entry["cpu_seconds"] for step in metrics if "cpu_seconds" in step.entry]
+        busy = f" ({format_seconds(sum(cpu))} of CPU time)" if len(cpu) == len(metrics) else ""
+        rows.append(("Time", f"{seconds}{busy} for {len(metrics)} steps, without preparing the text"))
         rows.append(("Peak memory", _peak_text(card.evidence)))
     return rows
 
