@@ -28,15 +28,17 @@ OPERATIONS = ("fsync", "replace", "unlink", "pwrite")
 def count_operations(kill_before: int | None) -> Callable[[], int]:
     """Counts calls of `OPERATIONS` in this process; SIGKILL just before call number `kill_before`."""
     count = 0
+    counting = threading.Lock()  # shards are written by a thread
 
     def wrap(name: str) -> None:
         original = getattr(os, name)
 
         def counted(*args: Any, **options: Any) -> Any:
             nonlocal count
-            count += 1
-            if count == kill_before:
-                os.kill(os.getpid(), signal.SIGKILL)
+            with counting:
+                count += 1
+                if count == kill_before:
+                    os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **options)
 
         setattr(os, name, counted)

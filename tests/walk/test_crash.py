@@ -110,3 +110,15 @@ def test_smoothing_decides_the_same_again(zygote: Zygote, pico: Callable[..., Pa
         zygote.quantize(pico(), output, kill_before=point, **choices)
     assert zygote.quantize(pico(), output, **choices)["killed_by"] is None
     require_same(output, reference)
+
+
+def test_without_data_a_shard_may_be_under_way(zygote: Zygote, pico: Callable[..., Path], tmp_path: Path) -> None:
+    """The thread that writes one is killed while the next layer is quantized."""
+    choices: dict[str, Any] = {"method": "search", "more": {"scheme": "NVFP4A16", "calibration": "none"}}
+    reference = tmp_path / "whole"
+    operations = zygote.quantize(pico(), reference, **choices)["operations"]
+    output = tmp_path / "killed"
+    for point in range(4, operations, operations // 5):
+        zygote.quantize(pico(), output, kill_before=point, **choices)
+    assert zygote.quantize(pico(), output, **choices)["killed_by"] is None
+    require_same(output, reference)

@@ -1,7 +1,7 @@
 """A checkpoint directory, opened: what tensors there are and where, and their bytes when asked for.
 
-Plain reads into fresh memory, no memory map: mapped pages count as resident for as long as the kernel likes,
-and the walk promises how much it takes.
+Plain reads, no memory map: mapped pages count as resident for as long as the kernel likes, and the walk promises how
+much it takes; a file cut short under a map would end the process where a read says which file it was.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from fourge.checkpoint.folder import CONFIG, INDEX, SINGLE, list_sidecars, no_weights_error, regular_file
 from fourge.checkpoint.header import TensorInfo, parse_object, read_header
 from fourge.errors import InputError
+from fourge.nvfp4.magnitude import infinity_bits, largest_bits
 
 CHUNK_BYTES = 16 << 20
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -32,7 +34,7 @@ _FINITE_CHUNK = 1 << 20
 class Checkpoint:
     """The tensors of a model directory, sorted by name, its `config.json` and the index's `metadata`.
 
-    `bytes_read` counts the tensor bytes read so far, for progress.
+    `bytes_read` counts the tensor bytes read so far, for progress. Several threads may read at once.
     """
 
     directory: Path
@@ -42,6 +44,7 @@ class Checkpoint:
     documents: dict[str, bytes] = field(repr=False)
     """The raw content of `config.json` and, where there is one, the index; by file name."""
     bytes_read: int = 0
+    _counting: Lock = field(default_factory=Lock, init=False, repr=False)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -77,6 +80,14 @@ class Checkpoint:
         with _opened(info.path) as descriptor:
             self._fill(byte_view(tensor), descriptor, info, begin)
         return tensor
+
+    def read_into(self, name: str, memory: Tensor) -> Tensor:
+        """Tensor `name` as `read` gives it, lying in `memory`, uint8 `[n]` on the CPU, n at least its bytes."""
+        info = self.tensors[name]
+        taken = memory[: info.nbytes]
+        with _opened(info.path) as descriptor:
+            self._fill(byte_view(taken), descriptor, info, info.begin)
+        return taken.view(info.torch_dtype).view(info.shape)
 
     def gather_rows(self, name: str, indices: Tensor) -> Tensor:
         """Rows `indices` (int64 `[n]`, any order, repeats allowed) of tensor `name` `[rows, …]`, as `[n, …]`.
@@ -119,7 +130,8 @@ class Checkpoint:
                 )
             view = view[count:]
             offset += count
-            self.bytes_read += count
+            with self._counting:
+                self.bytes_read += count
 
     def digest(self) -> str:
         """SHA-256, in hex, over all headers' tensors, file names and sizes, the index and `config.json`.
@@ -166,14 +178,13 @@ def require_float(checkpoint: Checkpoint) -> None:
 def require_finite(tensor: Tensor, info: TensorInfo, first_row: int = 0) -> None:
     """Raises InputError, with the first bad index in row-major order, where `tensor` holds NaN or Inf.
 
-    `tensor` is contiguous and floating point: all of `info`, or its rows from `first_row` on. One pass by
-    `aminmax`, which hands NaN on and takes no memory; the copy of a mask is made for the bad chunk alone.
+    `tensor` is contiguous, on the CPU and of `FLOAT_DTYPES`: all of `info`, or its rows from `first_row` on. One pass
+    that takes no memory; the copy of a mask is made for the bad chunk alone.
     """
     flat = tensor.view(-1)
     for start in range(0, flat.numel(), _FINITE_CHUNK):
         chunk = flat[start : start + _FINITE_CHUNK]
-        extremes = torch.stack(torch.aminmax(chunk))
-        if bool(extremes.isfinite().all()):
+        if largest_bits(chunk) < infinity_bits(tensor.dtype):
             continue
         place = start + int((~chunk.isfinite()).nonzero()[0])
         index = [int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape)]

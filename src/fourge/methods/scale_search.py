@@ -30,20 +30,20 @@ def search_scales(weight: Tensor, global_scale: Tensor, importance: Tensor | Non
     `importance` `[K]` is h, not negative. The max scale is tried first, the others by their distance from it, and the
     first of equals stays: so no group is worse than with max.
     """
-    groups = weight.shape[1] // GROUP_SIZE
-    scales = torch.empty(weight.shape[0], groups, device=weight.device)
     h = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
     fused = fused_loops(weight.device, torch.float32)
     torch_on_cpu = fused is None and weight.device.type == "cpu"
     values = _CPU_VALUES_PER_CHUNK if torch_on_cpu else _FUSED_VALUES_PER_CHUNK
+    groups = weight.shape[1] // GROUP_SIZE
+    scales = torch.empty(weight.shape[0], groups, device=weight.device)
     step = max(1, values // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        chunk = weight[rows].float()
         if fused is not None:
-            scales[rows] = fused.search(chunk, global_scale, h, _OFFSETS)[0]
+            scales[rows] = fused.search(weight[rows], global_scale, h, _OFFSETS)[0]
         else:
-            scales[rows] = _search(chunk.view(-1, groups, GROUP_SIZE), global_scale, h.view(-1, GROUP_SIZE))
+            chunk = weight[rows].float().view(-1, groups, GROUP_SIZE)
+            scales[rows] = _search(chunk, global_scale, h.view(-1, GROUP_SIZE))
     return scales
 
 

@@ -46,7 +46,7 @@ class FusedLoops(Protocol):
         """See `quantize.squared_errors`."""
 
     def search(self, weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
-        """Best scales of FP32 `weight` under `h` `[K]` and what they err, FP32 `[N, K/16]`: `scale_search.py`."""
+        """Best scales of `weight`, FP16 too, under `h` `[K]` and what they err, FP32 `[N, K/16]`: `scale_search.py`."""
 
 
 def resolve(name: str, device_type: str) -> str:

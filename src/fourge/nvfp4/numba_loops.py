@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from fourge.nvfp4 import numba_kernels as kernels
+from fourge.nvfp4.magnitude import from_bits, largest_bits
 from fourge.nvfp4.quantize import GROUP_SIZE
 
 _FEWEST_VALUES = 1 << 18
 """A thread is started for no fewer: it costs as much as working through 50 k."""
 
+_WIDENED_VALUES = 1 << 18  # in FP32 they stay in the cache
+
 _PARTS_PER_THREAD = 4  # one that is held up leaves the rest to the others
 
 
 def amax(x: Tensor) -> Tensor:
-    """See `FusedLoops`; a loop of numba's is slower than torch's."""
-    return torch.stack(torch.aminmax(x)).abs().max().float()
+    """See `FusedLoops`; a loop of numba's would be slower."""
+    return from_bits(largest_bits(x), x.dtype).float()
 
 
 def encode(weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -67,9 +70,23 @@ def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) 
     padded = torch.zeros(-(-groups // lanes) * lanes, GROUP_SIZE)
     padded[:groups] = h.view(groups, GROUP_SIZE)
     h_by_lane = padded.view(-1, lanes, GROUP_SIZE).transpose(1, 2).contiguous()
-    arguments = _array(weight), _number(global_scale), h_by_lane.numpy(), np.array(offsets, np.int32)
-    _by_rows(kernels.search, *weight.shape, *arguments, scales.numpy(), errors.numpy())
+    arguments = _number(global_scale), h_by_lane.numpy(), np.array(offsets, np.int32)
+    _by_rows(_search_rows, *weight.shape, _array(weight), arguments, scales.numpy(), errors.numpy())
     return scales, errors
+
+
+def _search_rows(weight: Any, arguments: tuple[Any, ...], scales: Any, errors: Any, start: int, stop: int) -> None:
+    """The kernel on rows `start … stop`, a block at a time widened to FP32: compiled once, whatever the dtype."""
+    step = max(1, _WIDENED_VALUES // weight.shape[1])
+    widened = np.empty((min(step, stop - start), weight.shape[1]), np.float32)
+    for first in range(start, stop, step):
+        rows = slice(first, min(first + step, stop))
+        block = widened[: rows.stop - first]
+        if weight.dtype == np.uint16:  # BF16: the upper half of FP32's bits
+            np.left_shift(weight[rows], 16, out=block.view(np.uint32), dtype=np.uint32)
+        else:
+            block[...] = weight[rows]
+        kernels.search(block, *arguments, scales[rows], errors[rows], 0, len(block))
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:

@@ -41,7 +41,7 @@ class QuantizedWeight:
 
 
 def amax(x: Tensor) -> Tensor:
-    """The largest magnitude in `x`, FP32 `[]`, without a copy of `x`."""
+    """The largest magnitude in `x`, FP32 `[]`, without a copy of `x`; NaN where there is one."""
     fused = fused_loops(x.device, x.dtype)
     if fused is not None and x.is_contiguous() and x.numel() and x.numel() % GROUP_SIZE == 0:
         return fused.amax(x)

@@ -68,6 +68,7 @@ def squared_errors(weight: Tensor, packed: Tensor, scale: Tensor, global_scale: 
 
 def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
     """See `FusedLoops`."""
+    weight = weight.float()
     rows, groups = weight.shape[0], weight.shape[1] // GROUP_SIZE
     scales, errors = (torch.empty(rows, groups, dtype=torch.float32, device=weight.device) for _ in range(2))
     tried = torch.tensor(offsets, dtype=torch.int32, device=weight.device)

@@ -105,8 +105,10 @@ def _quantizing(square: Tensor, settings: QuantizeSettings, method: Method) -> C
             statistics.hessian = HessianAccumulator(len(square), square.device)
             statistics.hessian.add(square)
 
+    on_host = square.cpu()
+
     def quantize() -> int:
-        require_finite(square, info)
+        require_finite(on_host, info)
         quantized = method.prepare_group({"square": square}, statistics, [])(square)
         squared_sums(square, quantized)
         return square.nbytes

@@ -11,11 +11,13 @@ from fourge.checkpoint.writer import index_json
 from fourge.settings import KvCacheScheme
 from fourge.walk.job import Job, shard_name
 from fourge.walk.provenance import describe_provenance
+from fourge.walk.source_digests import SourceDigests
 
 
 def finish_checkpoint(
     job: Job,
     source: Checkpoint,
+    digests: SourceDigests,
     layout: Layout,
     kv_cache_scheme: KvCacheScheme | None,
     data: dict[str, Any] | None,
@@ -38,7 +40,7 @@ def finish_checkpoint(
             copy_file(path, job.output / path.name)
         config = with_quantization(source.config, layout.schemes, layout.kept, kv_cache_scheme)
         write_json(job.output / CONFIG, config)
-        write_json(job.output / PROVENANCE, describe_provenance(job, source, index))
+        write_json(job.output / PROVENANCE, describe_provenance(job, source, digests, index))
 
     events = job.events + [
         {"step": layout.step_name(i)} | event for i, record in enumerate(job.records) for event in record.events

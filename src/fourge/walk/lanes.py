@@ -15,11 +15,14 @@ from fourge.walk.layer import LaneLayer, StoredWeights
 from fourge.walk.linear import InputSite, Rounding, to_nvfp4
 from fourge.walk.walk import Walk
 
+LayerWeights = dict[str, Tensor | QuantizedWeight]
+"""A layer's tensors by name relative to it."""
 
-def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -> dict[str, Tensor | QuantizedWeight]:
+
+def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -> LayerWeights:
     """A layer's tensors as the source stores them, by name relative to it; InputError for NaN and Inf."""
     prefix = layout.architecture.layer_prefix(layer)
-    weights: dict[str, Tensor | QuantizedWeight] = {}
+    weights: LayerWeights = {}
     for name in layout.steps[layer + 1]:
         info = walk.source.tensors[name]
         tensor = walk.source.read(name)

@@ -18,7 +18,7 @@ from fourge.walk.choices import Choices
 from fourge.walk.compensation import GroupLanes, GroupTap, compensate_group
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.kv_cache import KvObserver
-from fourge.walk.lanes import quantized_layer, read_layer
+from fourge.walk.lanes import LayerWeights, quantized_layer
 from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite, to_nvfp4
 from fourge.walk.observers import Observers
@@ -56,9 +56,9 @@ class HiddenStates:
 
 
 class LayerStep:
-    """One decoder layer's way through a quantization, good for one `run`. `states` is None where there is no data.
+    """One decoder layer's way through a quantization with data, good for one `run`.
 
-    `weights` holds the layer's tensors by name relative to it. Smoothing changes some in place before anything else
+    `weights` are the layer's tensors as the source stores them. Smoothing changes some in place before anything else
     looks at them; quantizing takes the groups out one after the other, so that they are freed.
     """
 
@@ -69,7 +69,8 @@ class LayerStep:
         settings: QuantizeSettings,
         choices: Choices,
         layer: int,
-        states: HiddenStates | None,
+        weights: LayerWeights,
+        states: HiddenStates,
         progress: WalkProgress,
     ) -> None:
         self.walk = walk
@@ -80,12 +81,11 @@ class LayerStep:
         self.layer = layer
         self.states = states
         self.progress = progress
-        self.weights: dict[str, Tensor | QuantizedWeight] = {}
+        self.weights = weights
         self.output = StepOutput()
 
     def run(self) -> StepOutput:
-        """From the source's tensors to those of the shard, and from `states.source` to `states.target`."""
-        self.weights = read_layer(self.walk, self.layout, self.layer, self.progress)
+        """From `weights` to the tensors of the shard, and from `states.source` to `states.target`."""
         smoothed = self._smooth()
         statistics = self._observe()
         linears = self._quantize(statistics)
@@ -96,13 +96,12 @@ class LayerStep:
             self.output.tensors[self.prefix + name] = tensor
         errors = [linear["weight_error"] for linear in self.output.measures["linears"].values()]
         self.output.facts = f"weight error {max(errors):.4f}" if errors else "kept"
-        if self.states is not None:
-            self._propagate(linears, self.states)
+        self._propagate(linears)
         return self.output
 
     def _smooth(self) -> frozenset[str]:
         """The names of the tensors that are not the source's any more."""
-        if self.states is None or not self.settings.smooth:
+        if not self.settings.smooth:
             return frozenset()
         smoothing = LayerSmoothing(self.walk, self.layout, self.settings, self.choices, self.layer)
         changed = smoothing.fold(self.weights, self.states.source)
@@ -117,17 +116,14 @@ class LayerStep:
             for group in self.layout.groups(self.layer)
         }
         kv_observer = None if self.settings.kv_cache_scheme is None else KvObserver()
-        if self.states is not None:
-            self._run_bf16(statistics, kv_observer, self.states)
+        self._run_bf16(statistics, kv_observer)
         if kv_observer is not None:
             self.output.kv_scales = kv_observer.scales(self.output.events)
             amax = {"k_amax": float(kv_observer.k_amax), "v_amax": float(kv_observer.v_amax)}
             self.output.measures["kv_cache"] = amax
         return statistics
 
-    def _run_bf16(
-        self, statistics: Mapping[str, InputStatistics], kv_observer: KvObserver | None, states: HiddenStates
-    ) -> None:
+    def _run_bf16(self, statistics: Mapping[str, InputStatistics], kv_observer: KvObserver | None) -> None:
         # Observers sit in the layer that the calibration set runs through and in no other: the probe decides nothing.
         for name, observers, kv_cache in (
             ("calibration", Observers(statistics), kv_observer),
@@ -138,12 +134,16 @@ class LayerStep:
             if stream is not None:
                 sites = observers.sites
                 with LaneLayer(self.walk.skeleton, self.layer, self.weights, self.walk.dtype, sites, kv_cache) as lane:
-                    self.walk.run(lane, stream, states.source, states.target, self._reporter(stream), observers)
+                    self._run(lane, stream, observers)
         calibration = self.walk.stream("calibration", "bf16")
         for seen in statistics.values():
             seen.tokens = 0 if calibration is None else calibration.num_tokens
         if kv_observer is not None:
             kv_observer.agree(self.walk.ranks)
+
+    def _run(self, lane: LaneLayer, stream: Stream, observers: Observers | None = None) -> None:
+        states = self.states
+        self.walk.run(lane, stream, states.source, states.target, self._reporter(stream), observers)
 
     def _reporter(self, stream: Stream) -> Advance:
         """Turns shares of a stream's pass into shares of the layer's step."""
@@ -161,7 +161,7 @@ class LayerStep:
             input_scale = self._input_scale(group, seen)
             sources = {name: self._source(name) for name in group.linears}
             targets = sources
-            if seen is not None and self.states is not None and method.needs_hessian:
+            if seen is not None and method.needs_hessian:
                 seen.hessian = self._new_hessian(group)
                 before = linears, input_scale, seen.hessian, self.states.source
                 if method.compensates:
@@ -243,15 +243,15 @@ class LayerStep:
             self.output.measures.setdefault("compensation", {})[group.name] = decided
         return moved
 
-    def _propagate(self, linears: Mapping[str, QuantizedLinear], states: HiddenStates) -> None:
+    def _propagate(self, linears: Mapping[str, QuantizedLinear]) -> None:
         """Runs the nvfp4 lane, and measures how far the two lanes are apart on the probe."""
         with self._quantized_layer(linears) as lane:
             for name in ("calibration", "validation", "probe"):
                 stream = self.walk.stream(name, "nvfp4")
                 if stream is not None:
-                    self.walk.run(lane, stream, states.source, states.target, self._reporter(stream))
+                    self._run(lane, stream)
         if self.walk.stream("probe", "nvfp4") is not None:
-            error = self.walk.relative_error(states.target, "probe")
+            error = self.walk.relative_error(self.states.target, "probe")
             self.output.measures["hidden_error"] = asdict(error)
             self.output.facts += f"  hidden error {error}"
 

@@ -16,17 +16,18 @@ from fourge.checkpoint.folder import CARD, CONFIG, INDEX
 from fourge.checkpoint.reader import Checkpoint
 from fourge.progress import WalkProgress, format_bytes
 from fourge.walk.job import Job, sha256_file
+from fourge.walk.source_digests import SourceDigests
 
 _FORMAT = 1
 _ABOUT = "What this checkpoint was made from and how; `fourge verify` holds the files against it."
 
 
-def describe_provenance(job: Job, source: Checkpoint, index: dict[str, Any]) -> dict[str, Any]:
+def describe_provenance(job: Job, source: Checkpoint, digests: SourceDigests, index: dict[str, Any]) -> dict[str, Any]:
     """The content of `fourge.json` for a job of which all but the `index` is written; `job.result` is there.
 
-    Hashes every file of the source: one pass over it, in blocks, with a bar. Files are `{name: {size, sha256}}`.
-    The card is not among the output's: it is written, and rewritten, after the weights. `smoothing` has what was
-    folded, layer by layer: without it the weights could not be held against the source's.
+    Files are `{name: {size, sha256}}`; of the source's, `digests` knows those with tensors. The card is not among
+    the output's: it is written, and rewritten, after the weights. `smoothing` has what was folded, layer by layer:
+    without it the weights could not be held against the source's.
     """
     assert job.result is not None
     repository, revision = hub_snapshot(source.directory)
@@ -42,7 +43,7 @@ def describe_provenance(job: Job, source: Checkpoint, index: dict[str, Any]) -> 
             "name": job.settings["model"],
             "repository": repository,
             "revision": revision,
-            "files": hash_files(source_files(source), "source digests"),
+            "files": digests.finish() | {path.name: _digest(path) for path in _small_files(source)},
         },
         "output": {"files": shards | {path.name: _digest(path) for path in beside} | {INDEX: _text_digest(index)}},
         "versions": versions
@@ -63,8 +64,11 @@ def hub_snapshot(directory: Path) -> tuple[str | None, str | None]:
 
 def source_files(source: Checkpoint) -> list[Path]:
     """Every file of the source that the output depends on or carries: JSON documents, weights, sidecars."""
-    weights = sorted({info.path for info in source.tensors.values()})
-    return [*(source.directory / name for name in sorted(source.documents)), *weights, *source.sidecars()]
+    return [*sorted({info.path for info in source.tensors.values()}), *_small_files(source)]
+
+
+def _small_files(source: Checkpoint) -> list[Path]:
+    return [*(source.directory / name for name in sorted(source.documents)), *source.sidecars()]
 
 
 def hash_files(paths: Iterable[Path], title: str) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a quantization needs and what the machine has: said, and refused, before anything is done."""
 
 import ctypes
+import math
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import Checkpoint
 from fourge.checkpoint.writer import num_bytes, safetensors_size
 from fourge.errors import InputError
+from fourge.nvfp4.quantize import GROUP_SIZE
 from fourge.progress import format_bytes, resident_bytes
 from fourge.settings import QuantizeSettings
 from fourge.walk.choices import Choices
@@ -67,7 +69,10 @@ def estimate_needs(
         safetensors_size(layout.output_specs(step, source.tensors, settings.kv_cache_scheme))
         for step in range(layout.num_steps)
     )
-    layer = max(_largest_moment(layout, source, layer, choices) for layer in range(layout.num_layers))
+    if settings.calibration == "none":
+        layer = _held_without_data(layout, source, choices)
+    else:
+        layer = max(_largest_moment(layout, source, i, choices) for i in range(layout.num_layers))
     micro_batch = micro_batch_bytes(layout, hidden, longest_batch)
     smoothing = smoothing_bytes(layout, hidden.dtype) if settings.smooth else 0
     works_with = max(smoothing, _METHOD_BYTES if choices.needs_hessian else 0)
@@ -85,11 +90,13 @@ def _largest_moment(layout: Layout, source: Checkpoint, layer: int, choices: Cho
     """The most that a layer holds while its groups are quantized one after the other: of each the source's tensors or
     the output's, and for a method with a Hessian XᵀX of the group's input in FP32, which is factored where it lies.
 
-    Where one compensates, the source's tensors stay, and the weights moved and what moves them come beside them.
+    Where one compensates, the source's tensors stay, and the weights moved and what moves them come beside them. Before
+    all that, the layer is read while the output of the one before is written.
     """
     prefix = layout.architecture.layer_prefix(layer)
     specs = layout.output_specs(layer + 1, source.tensors)
-    held = largest = sum(source.tensors[name].nbytes for name in layout.steps[layer + 1])
+    held = sum(source.tensors[name].nbytes for name in layout.steps[layer + 1])
+    largest = held + (_quantized_bytes(layout, source, layer - 1) if layer else 0)
     for group in layout.groups(layer):
         linears, method = [prefix + linear for linear in group.linears], choices.method(prefix, group)
         quantized = sum(num_bytes(*spec) for name, spec in specs.items() if name.rpartition(".")[0] in linears)
@@ -100,6 +107,29 @@ def _largest_moment(layout: Layout, source: Checkpoint, layer: int, choices: Cho
         largest = max(largest, held + quantized + hessian + moved)
         held += quantized if choices.compensates else quantized - sources
     return largest
+
+
+def _held_without_data(layout: Layout, source: Checkpoint, choices: Choices) -> int:
+    """The most that is held where there is no data: a group of the source's tensors, and the outputs of two layers, the
+    one that is quantized and the one before, which is written; for a search the scales of a Linear in FP32.
+    """
+    layers = range(layout.num_layers)
+    places: dict[int, int] = {}
+    for layer in layers:
+        prefix = layout.architecture.layer_prefix(layer)
+        for group in layout.groups(layer):
+            for place, linear in enumerate(group.linears):
+                places[place] = max(places.get(place, 0), source.tensors[f"{prefix}{linear}.weight"].nbytes)
+    outputs = max(_quantized_bytes(layout, source, layer) for layer in layers)
+    largest = max(math.prod(layout.shapes[f"{name}.weight"]) for name in layout.quantized)
+    searched = 4 * largest // GROUP_SIZE if choices.weighs_channels else 0
+    return sum(places.values()) + 2 * outputs + searched
+
+
+def _quantized_bytes(layout: Layout, source: Checkpoint, layer: int) -> int:
+    """The bytes of a layer's quantized Linears in the output."""
+    specs = layout.output_specs(layer + 1, source.tensors)
+    return sum(num_bytes(*spec) for name, spec in specs.items() if name.rpartition(".")[0] in layout.quantized)
 
 
 def return_freed_layers() -> None:

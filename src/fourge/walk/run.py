@@ -30,6 +30,7 @@ from fourge.walk.ranks import ALONE, Ranks
 from fourge.walk.resident import make_sampler
 from fourge.walk.resources import estimate_needs, require_resources
 from fourge.walk.skeleton import Skeleton
+from fourge.walk.source_digests import SourceDigests
 from fourge.walk.steps import QuantizingWalk
 from fourge.walk.streams import Stream, lay_out
 from fourge.walk.walk import Walk
@@ -142,9 +143,13 @@ class QuantizeRun:
 
         Rank 0 brings the job, and the others, called at the same time, None.
         """
+        with SourceDigests(self.source, self.layout.steps) as digests:
+            self._work(job, digests)
+
+    def _work(self, job: Job | None, digests: SourceDigests) -> None:
         folder = job or JobFolder(self.output)
         with self.ranks.as_one():
-            next_step = None if job is None else self._make_ready(job)
+            next_step = None if job is None else self._make_ready(job, digests)
         next_step = self.ranks.from_first(next_step)
         if next_step is None:
             return
@@ -154,17 +159,18 @@ class QuantizeRun:
         steps, costs = self.layout.num_steps, quantizing.costs()
         about = {"machine": describe_machine(self.device), "ranks": self.ranks.size}
         with WalkProgress("quantize", steps, next_step, folder.metrics_path, costs=costs, about=about) as progress:
-            quantizing.run(folder, next_step, progress)
+            quantizing.run(folder, next_step, digests, progress)
         if job is not None:
             provenance = sets.provenance if sets else None
-            finish_checkpoint(job, self.source, self.layout, self.settings.kv_cache_scheme, provenance)
+            finish_checkpoint(job, self.source, digests, self.layout, self.settings.kv_cache_scheme, provenance)
 
-    def _make_ready(self, job: Job) -> int | None:
+    def _make_ready(self, job: Job, digests: SourceDigests) -> int | None:
         """Checks all that is checked once, and renders the text; the step that comes next, None after the last."""
         job.remove_leftovers()
         if job.finished:
             print(f"{self.output} is finished already; --restart would do it again", file=sys.stderr)
             return None
+        digests.begin(job.next_step)
         if job.next_step == 0:
             with announced("Checking embedding and head for NaN and Inf"):
                 require_finite_ends(self.source, self.layout)

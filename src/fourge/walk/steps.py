@@ -1,9 +1,13 @@
 """What a quantization does at each step of the walk: the embedding, a decoder layer, the head.
 
-A step writes two temporary files, the output shard and the next hidden states, and gives the record to commit.
+A step writes two temporary files, the output shard and the next hidden states, and gives the record to commit. The
+shard is written, and the step committed, by a thread, while the next step reads and computes; before that step opens
+hidden states it waits for the commit, so that there are never more than two files of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,9 +20,13 @@ from fourge.settings import QuantizeSettings
 from fourge.walk.choices import Choices
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.job import Job, JobFolder, StepRecord, shard_name
+from fourge.walk.lanes import LayerWeights, read_layer
 from fourge.walk.layer_step import HiddenStates, LayerStep, StepOutput
 from fourge.walk.machine import device_peak
+from fourge.walk.one_behind import OneBehind
+from fourge.walk.source_digests import SourceDigests
 from fourge.walk.walk import Walk
+from fourge.walk.weight_step import GroupReader, quantize_weights
 
 
 @dataclass(frozen=True)
@@ -40,27 +48,50 @@ class QuantizingWalk:
         # The embedding is looked up; the head is multiplied with the probe's rows alone, in both lanes.
         return [0.01, *[1.0] * self.layout.num_layers, 0.01 + sizes[0] / sizes[1] * rows / self.walk.hidden_layout.rows]
 
-    def run(self, folder: JobFolder, first: int, progress: WalkProgress) -> None:
-        """Runs and commits every step from `first` on. Rank 0 commits, and is to be given its Job as the `folder`."""
-        for step in range(first, self.layout.num_steps):
-            self._run_one(step, folder, progress)
+    def run(self, folder: JobFolder, first: int, digests: SourceDigests, progress: WalkProgress) -> None:
+        """Runs and commits every step from `first` on. Rank 0 commits, and is to be given its Job as the `folder`;
+        there `digests` reads ahead."""
+        reader = GroupReader(self.walk)
+        with OneBehind("shards") as writing:
+            for step in range(first, self.layout.num_steps):
+                if isinstance(folder, Job):
+                    digests.begin(step)
+                self._run_one(step, folder, reader, writing, progress)
+        self.walk.ranks.wait()
 
-    def _run_one(self, step: int, folder: JobFolder, progress: WalkProgress) -> None:
-        output, checksum = self._step(step, folder, progress)
+    def _run_one(
+        self, step: int, folder: JobFolder, reader: GroupReader, writing: OneBehind, progress: WalkProgress
+    ) -> None:
+        if self.walk.streams:
+            output, checksum = self._step(step, folder, writing, progress)
+        else:
+            output, checksum = self._step_without_data(step, reader, progress), None
         name = self.layout.step_name(step)
         self.walk.ranks.require_same(output.decided(), f"{name} came out differently; use machines of one kind")
         if isinstance(folder, Job):
-            shard = shard_name(step, self.layout.num_steps)
-            written = write_safetensors(folder.shard_temporary, self._entries(step, output))
-            folder.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
+            writing.hand_over(partial(self._commit, step, folder, output, self._entries(step, output), checksum))
         record = {"step": step} | output.measures | device_peak(self.walk.device)
         progress.finish_step(name, output.facts, record)
-        self.walk.ranks.wait()
 
-    def _step(self, step: int, folder: JobFolder, progress: WalkProgress) -> tuple[StepOutput, int | None]:
+    def _commit(
+        self, step: int, job: Job, output: StepOutput, entries: Mapping[str, Tensor | Copied], checksum: int | None
+    ) -> None:
+        written = write_safetensors(job.shard_temporary, entries)
+        shard = shard_name(step, self.layout.num_steps)
+        job.commit(StepRecord(shard, written.size, written.sha256, checksum, output.measures, output.events))
+
+    def _step_without_data(self, step: int, reader: GroupReader, progress: WalkProgress) -> StepOutput:
+        if step in (0, self.layout.num_steps - 1):
+            return StepOutput()
+        return quantize_weights(self.layout, self.choices, step - 1, reader, progress)
+
+    def _step(
+        self, step: int, folder: JobFolder, writing: OneBehind, progress: WalkProgress
+    ) -> tuple[StepOutput, int | None]:
         last = step == self.layout.num_steps - 1
-        if not self.walk.streams:
-            return (StepOutput() if step == 0 or last else self._layer(step - 1, None, progress)), None
+        weights = {} if step == 0 or last else read_layer(self.walk, self.layout, step - 1, progress)
+        writing.wait()
+        self.walk.ranks.wait()  # now the hidden states that this step reads are in their place
         if last:
             with HiddenFile(folder.hidden_path(step), self.walk.hidden_layout, create=False) as source:
                 return self._head(source, progress), None
@@ -69,7 +100,7 @@ class QuantizingWalk:
                 output = self._embedding(target, progress)
             else:
                 with HiddenFile(folder.hidden_path(step), self.walk.hidden_layout, create=False) as source:
-                    output = self._layer(step - 1, HiddenStates(source, target), progress)
+                    output = self._layer(step - 1, weights, HiddenStates(source, target), progress)
             # Every rank has forced its rows to disk before rank 0 goes on to rename the file.
             return output, sum(self.walk.ranks.gather(target.finish())) % (1 << 64)
 
@@ -105,5 +136,5 @@ class QuantizingWalk:
         fidelity = self.walk.fidelity(source, "probe", lambda share, _: progress.advance(share))
         return StepOutput(measures={"fidelity": asdict(fidelity)}, facts=f"KL {fidelity.kl_div}")
 
-    def _layer(self, layer: int, states: HiddenStates | None, progress: WalkProgress) -> StepOutput:
-        return LayerStep(self.walk, self.layout, self.settings, self.choices, layer, states, progress).run()
+    def _layer(self, layer: int, weights: LayerWeights, states: HiddenStates, progress: WalkProgress) -> StepOutput:
+        return LayerStep(self.walk, self.layout, self.settings, self.choices, layer, weights, states, progress).run()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,9 @@ def squared_sums(weight: Tensor, quantized: QuantizedWeight | Fp8Weight) -> Tens
 
 
 def _sums(differences: Tensor, squares: Tensor) -> Tensor:
+    """FP64 `[2]` on the CPU; there by numpy, for the reason in `nvfp4/magnitude.py`."""
+    if differences.device.type == "cpu":
+        return torch.tensor([x.numpy().sum(dtype=np.float64) for x in (differences, squares)], dtype=torch.float64)
     return torch.stack([differences.sum(dtype=torch.float64), squares.sum(dtype=torch.float64)]).cpu()
 
 
