@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from conftest import needs_backend
+from fourge.methods.hessian import Curvature, by_activity, factorize
+from fourge.methods.replay import replay
 from fourge.methods.scale_search import search_scales
 from fourge.nvfp4 import backend
 from fourge.nvfp4.quantize import (
@@ -19,6 +21,7 @@ from fourge.nvfp4.quantize import (
     dequantize_weight,
     fake_quantize,
     global_scale,
+    group_scales,
     quantize_weight,
     squared_errors,
 )
@@ -118,6 +121,43 @@ def test_backends_agree_at_the_ends_of_the_range(exponent: int, dtype: torch.dty
             parts = quantized.packed, quantized.scale, dequantize_weight(quantized, dtype=dtype)
             results.append(bits((*parts, fake_quantize(weight, divisor), fake_quantize(weight, divisor / 8))))
     assert results[0] == results[1]
+
+
+@cache
+def replayed(exponent: int, backend_name: str, device: str = "cpu") -> list[bytes]:
+    """A small weight of this magnitude after Schur replay. Its groups take what those before them leave."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(35, 48, generator=generator) * 2.0**exponent
+    weight[:2, :16] = 0
+    weight[2:4, 16:] *= 1e-6
+    weight[5] = -0.0
+    x = torch.randn(200, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
+    hessian = x.T @ x
+    curvature = factorize(hessian, by_activity(hessian.diagonal().clone()), [], "linear")
+    curvature = Curvature(*(part.to(device) for part in (curvature.order, curvature.feedback, curvature.cost)))
+    divisor = global_scale(weight.abs().max())
+    with backend.using("torch"):
+        scales = group_scales(weight, divisor)
+    with backend.using(backend_name):
+        done = replay(*(part.to(device) for part in (weight, scales, divisor)), curvature, window=1)
+    assert done.scale.float().cpu().ne(scales).any()
+    return bits((done.packed, done.scale))
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, as Triton's interpreter
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+@pytest.mark.parametrize("exponent", [-5, 12])
+def test_replay_takes_the_same_turns(exponent: int, pair: tuple[str, str]) -> None:
+    for needed in pair:
+        needs_backend(needed)
+    assert replayed(exponent, pair[0]) == replayed(exponent, pair[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-5, 12])
+def test_replay_takes_the_same_turns_on_a_gpu(exponent: int) -> None:
+    """Between the groups there are matrix products: their order of sums is the device's, the same for both."""
+    assert replayed(exponent, "torch", "cuda") == replayed(exponent, "triton", "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

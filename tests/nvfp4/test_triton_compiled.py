@@ -30,12 +30,14 @@ JOBS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 ]
 """Kernel, dtype of values, its constants, and options that a launch does not have."""
 
+SLOW_JOBS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [("replay_group", "fp32", {}, {})]
+
 COMPILE = """
 import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fourge.nvfp4 import triton_kernels
+from fourge.nvfp4 import triton_kernels, triton_replay
 
 TYPES = {"packed_ptr": "*u8", "codes_ptr": "*u8", "partial_ptr": "*i32", "offsets_ptr": "*i32"}
 
@@ -44,7 +46,8 @@ def type_of(argument, dtype):
     return types.get(argument, "*fp32" if argument.endswith("_ptr") else "i32")
 
 def compiled(name, dtype, constants, options):
-    kernel, constants = getattr(triton_kernels, name), {"groups": 32, **constants}
+    kernel = getattr(triton_replay if name == "replay_group" else triton_kernels, name)
+    constants = {"block": 32, **constants}
     signature = {argument: type_of(argument, dtype) for argument in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature=signature, constexprs=constants)
@@ -56,13 +59,14 @@ print(json.dumps([compiled(*job) for job in json.loads(sys.argv[1])]))
 """
 
 
-def test_every_operation_is_rounded_once_and_as_ieee_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [JOBS, pytest.param(SLOW_JOBS, marks=pytest.mark.slow)], ids=["loops", "replay"])
+def test_every_operation_is_rounded_once_and_as_ieee_says(jobs: list[Any], tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, json.dumps(JOBS)]
+    command = [sys.executable, "-c", COMPILE, json.dumps(jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for job, code in zip(JOBS, json.loads(done.stdout), strict=True):
+    for job, code in zip(jobs, json.loads(done.stdout), strict=True):
         found = set(re.findall(r"\b(?:fma|mad|mul|add|sub|div|rcp|sqrt|ex2)\.[a-z.]*f32\b", code["ptx"]))
         assert found <= {"fma.rn.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32", "div.rn.f32"} or job[3], job
         assert "ftz" not in code["ptx"], job

@@ -14,6 +14,7 @@ from fourge.methods.hessian import Curvature
 from fourge.methods.scale_codes import positive_codes, positive_scales
 from fourge.methods.sweep import chunks_in_walk_order, nearest, quantized, sweep
 from fourge.nvfp4 import e2m1
+from fourge.nvfp4.backend import fused_loops
 from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
 
 _ALTERNATING_STEPS = 3
@@ -41,35 +42,69 @@ def _replay(
     """E2M1 codes, uint8 `[K, n]`, and scales `[K/16, n]`."""
     codes_kn = torch.empty_like(weight_kn, dtype=torch.uint8)
     chosen_gn = torch.empty_like(scales_gn)
-    costs = curvature.cost.tolist()
+    fused = fused_loops(weight_kn.device, weight_kn.dtype)
+    replay_group = _replay_group if fused is None else fused.replay_group
     for group, (columns, fed) in enumerate(sweep(weight_kn.shape[1], curvature, GROUP_SIZE)):
-        feedback = curvature.feedback[columns, columns].T.contiguous()
-        weight = weight_kn[columns]
-        steps = _proposal(weight, fed, feedback, curvature.cost[columns], scales_gn[group] / global_scale)
-        candidates = torch.cat((scales_gn[group, None], _around(steps * global_scale, window)))
-        values, misses, scores = _try(weight, fed, feedback, costs[columns], candidates / global_scale)
-        best = scores.argmin(0, keepdim=True)  # the first of equals
-        everywhere = best.expand(GROUP_SIZE, 1, -1)
-        codes_kn[columns] = e2m1.encode(values.gather(1, everywhere)[:, 0].float())
-        chosen_gn[group] = candidates.gather(0, best)[0]
-        fed.copy_(misses.gather(1, everywhere)[:, 0])
+        feedback, cost = curvature.feedback[columns, columns], curvature.cost[columns]
+        arguments = scales_gn[group], global_scale, window, _ALTERNATING_STEPS, codes_kn[columns], chosen_gn[group]
+        replay_group(weight_kn[columns], fed, feedback, cost, *arguments)
     return codes_kn, chosen_gn
 
 
-def _proposal(weight: Tensor, fed: Tensor, feedback: Tensor, cost: Tensor, steps: Tensor) -> Tensor:
+def _replay_group(
+    weight: Tensor,
+    fed: Tensor,
+    feedback: Tensor,
+    cost: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    window: int,
+    alternating: int,
+    codes: Tensor,
+    chosen: Tensor,
+) -> None:
+    """A group's turn: writes E2M1 `codes`, uint8 `[16, n]`, the `chosen` scales `[n]`, and w − q over `fed`.
+
+    `weight` and `fed` `[16, n]`; `feedback` F `[16, 16]` and `cost` `[16]` of the group's own columns; `scales` `[n]`;
+    `alternating` steps lead to the proposal. Every sum goes column after column, and every product and sum is rounded:
+    so the fused loops give the same bits.
+    """
+    steps = _proposal(weight, fed, feedback, cost, scales / global_scale, alternating)
+    candidates = torch.cat((scales[None], _around(steps * global_scale, window)))
+    values, scores = _try(weight, fed, feedback, cost, candidates / global_scale)
+    best, least = torch.zeros_like(scales, dtype=torch.int64), scores[0]
+    for candidate in range(1, len(candidates)):  # not argmin: it need not be the first of equals on a GPU
+        best.masked_fill_(scores[candidate] < least, candidate)
+        least = torch.minimum(scores[candidate], least)
+    chosen.copy_(candidates.gather(0, best[None])[0])
+    values = values.gather(1, best.expand(GROUP_SIZE, 1, -1))[:, 0]
+    codes.copy_(e2m1.encode(values.float()))
+    torch.sub(weight, values * (chosen / global_scale), out=fed)
+
+
+def _proposal(weight: Tensor, fed: Tensor, feedback: Tensor, cost: Tensor, steps: Tensor, alternating: int) -> Tensor:
     """The real-valued step `[n]` that fits the group best under S, by turns with the rounding, from `steps` `[n]`.
 
-    `weight` and `fed` `[16, n]`, `feedback` Fᵀ and `cost` of the group's own columns. S = F diag(cost) Fᵀ, and
-    Fᵀ w₀ = fed + Fᵀ w, for w₀ is the choice that would leave no v_j − q_j.
+    S = F diag(cost) Fᵀ, and Fᵀ w₀ = fed + Fᵀ w, for w₀ is the choice that would leave no v_j − q_j.
     """
-    goal = torch.addmm(fed, feedback, weight)
-    free = torch.linalg.solve_triangular(feedback, goal, upper=False, unitriangular=True)
-    for _ in range(_ALTERNATING_STEPS):
-        rounded = feedback @ nearest(free / steps)
+    goal = _add_forward(fed, feedback, weight)
+    free = goal.clone()
+    for i in range(GROUP_SIZE):
+        free[i + 1 :] -= feedback[i, i + 1 :, None] * free[i]
+    for _ in range(alternating):
+        rounded = _add_forward(torch.zeros_like(fed), feedback, nearest(free / steps))
         weighted = rounded * cost[:, None]
-        along = (weighted * goal).sum(0)
-        steps = torch.where(along > 0, along / (weighted * rounded).sum(0), steps)
+        along = _sum_columns(weighted * goal)
+        steps = torch.where(along > 0, along / _sum_columns(weighted * rounded), steps)
     return steps
+
+
+def _add_forward(start: Tensor, feedback: Tensor, x: Tensor) -> Tensor:
+    """`start` + Fᵀ `x`, both `[16, n]`."""
+    total = start.clone()
+    for i in range(GROUP_SIZE):
+        total[i:] += feedback[i, i:, None] * x[i]
+    return total
 
 
 def _around(scales: Tensor, window: int) -> Tensor:
@@ -78,22 +113,20 @@ def _around(scales: Tensor, window: int) -> Tensor:
     return positive_scales(positive_codes(scales) + offsets[:, None]).to(scales.dtype)
 
 
-def _try(
-    weight: Tensor, fed: Tensor, feedback: Tensor, costs: list[float], steps: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Replays GPTQ over a group's columns for each of `steps` `[C, n]`.
+def _try(weight: Tensor, fed: Tensor, feedback: Tensor, cost: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Replays GPTQ over a group's columns for each of `steps` `[C, n]`: E2M1 values `[16, C, n]`, scores `[C, n]`."""
+    targets = (fed + weight)[:, None].repeat(1, len(steps), 1)
+    values = torch.empty_like(targets)
+    for j in range(GROUP_SIZE):
+        values[j] = nearest(targets[j] / steps)
+        targets[j + 1 :] += feedback[j, j + 1 :, None, None] * (weight[j] - values[j] * steps)
+    short = targets.sub_(values * steps)
+    return values, _sum_columns(short.square_().mul_(cost[:, None, None]))
 
-    Returns E2M1 values and w − q, both `[16, C, n]`, and the scores `[C, n]`.
-    """
-    values = steps.new_empty(GROUP_SIZE, *steps.shape)
-    misses = torch.empty_like(values)
-    scores = torch.zeros_like(steps)
-    for j, cost in enumerate(costs):
-        before = misses[:j].view(j, steps.numel())
-        target = torch.mv(before.T, feedback[j, :j]).view_as(steps).add_(fed[j] + weight[j])
-        values[j] = nearest(target / steps)
-        rounded = values[j] * steps
-        torch.sub(weight[j], rounded, out=misses[j])
-        short = target.sub_(rounded)
-        scores.addcmul_(short, short, value=cost)
-    return values, misses, scores
+
+def _sum_columns(x: Tensor) -> Tensor:
+    """The sum along the first dimension, one after the other."""
+    total = torch.zeros_like(x[0])
+    for row in x:
+        total += row
+    return total

@@ -48,6 +48,21 @@ class FusedLoops(Protocol):
     def search(self, weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
         """Best scales of `weight`, FP16 too, under `h` `[K]` and what they err, FP32 `[N, K/16]`: `scale_search.py`."""
 
+    def replay_group(
+        self,
+        weight: Tensor,
+        fed: Tensor,
+        feedback: Tensor,
+        cost: Tensor,
+        scales: Tensor,
+        global_scale: Tensor,
+        window: int,
+        alternating: int,
+        codes: Tensor,
+        chosen: Tensor,
+    ) -> None:
+        """See `replay._replay_group`; FP32."""
+
 
 def resolve(name: str, device_type: str) -> str:
     """`auto` resolved for a device; ValueError where the backend `name` has no loops for it or cannot run."""

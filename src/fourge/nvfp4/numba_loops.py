@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fourge.nvfp4 import numba_kernels as kernels
+from fourge.nvfp4 import numba_replay
 from fourge.nvfp4.magnitude import from_bits, largest_bits
 from fourge.nvfp4.quantize import GROUP_SIZE
 
@@ -87,6 +88,24 @@ def _search_rows(weight: Any, arguments: tuple[Any, ...], scales: Any, errors: A
         else:
             block[...] = weight[rows]
         kernels.search(block, *arguments, scales[rows], errors[rows], 0, len(block))
+
+
+def replay_group(
+    weight: Tensor,
+    fed: Tensor,
+    feedback: Tensor,
+    cost: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    window: int,
+    alternating: int,
+    codes: Tensor,
+    chosen: Tensor,
+) -> None:
+    """See `FusedLoops`."""
+    inputs = _array(weight), fed.numpy(), _array(feedback), _array(cost), _array(scales), _number(global_scale)
+    arguments = *inputs, window, alternating, codes.numpy(), chosen.numpy()
+    _by_rows(numba_replay.replay_group, weight.shape[1], GROUP_SIZE * (2 * window + 2), *arguments)
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:

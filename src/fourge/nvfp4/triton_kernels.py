@@ -1,7 +1,7 @@
 """NVFP4's loops for a GPU, fused: every value is read once, and what lies between stays in registers (Triton).
 
 The same FP32 operations in the same order as the tensor code in `quantize.py` and `scale_search.py`, so the same
-bits. A row is a whole number of groups, so groups know nothing of rows: a program takes `GROUPS` of them that lie one
+bits. A row is a whole number of groups, so groups know nothing of rows: a program takes a `block` of them that lie one
 after the other, and a thread has a group to itself. Values come and go in words, two a word: BF16 as int32, FP32 as
 int64. So a word is a packed byte, and nothing has to be moved between threads.
 
@@ -59,9 +59,9 @@ def _unpaired(words):
 
 
 @triton.jit
-def _groups(count, groups: tl.constexpr):
-    """This program's groups `[groups]`, which of them there are, and where their words lie `[groups, 8]`."""
-    group = tl.program_id(0).to(tl.int64) * groups + tl.arange(0, groups)
+def _groups(count, block: tl.constexpr):
+    """This program's groups `[block]`, which of them there are, and where their words lie `[block, 8]`."""
+    group = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     return group, group < count, group[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
@@ -176,9 +176,9 @@ def _sum_pairs(even, odd):
 
 
 @triton.jit
-def largest(words_ptr, partial_ptr, count, groups: tl.constexpr):
+def largest(words_ptr, partial_ptr, count, block: tl.constexpr):
     """The largest magnitude that each program saw, as bits, int32 `[programs]`."""
-    _, there, places = _groups(count, groups)
+    _, there, places = _groups(count, block)
     even, odd = _unpaired(tl.load(words_ptr + places, mask=there[:, None], other=0))
     tl.store(partial_ptr + tl.program_id(0), tl.max(_largest_bits(even, odd), axis=0))
 
@@ -192,13 +192,13 @@ def encode(
     codes_ptr,
     count,
     given: tl.constexpr,
-    groups: tl.constexpr,
+    block: tl.constexpr,
 ):
     """Rounds `count` groups into packed bytes and the scales' codes, uint8.
 
     `given`: the scales are FP32 at `scales_ptr`; else they are the max-calibrated ones.
     """
-    group, there, places = _groups(count, groups)
+    group, there, places = _groups(count, block)
     even, odd = _unpaired(tl.load(words_ptr + places, mask=there[:, None], other=0))
     global_scale = tl.load(global_ptr)
     if given:
@@ -223,9 +223,9 @@ def _restored(packed_ptr, codes_ptr, global_ptr, group, there, places):
 
 
 @triton.jit
-def decode(packed_ptr, codes_ptr, global_ptr, result_ptr, count, groups: tl.constexpr):
+def decode(packed_ptr, codes_ptr, global_ptr, result_ptr, count, block: tl.constexpr):
     """`e2m1 · (scale / global_scale)` as BF16 or FP32."""
-    group, there, places = _groups(count, groups)
+    group, there, places = _groups(count, block)
     even, odd = _restored(packed_ptr, codes_ptr, global_ptr, group, there, places)
     _store(result_ptr, group, there, even, odd)
 
@@ -237,9 +237,9 @@ def _rounded(x, step, reciprocal, ordinary):
 
 
 @triton.jit
-def fake_quantize(words_ptr, global_ptr, result_ptr, count, groups: tl.constexpr):
+def fake_quantize(words_ptr, global_ptr, result_ptr, count, block: tl.constexpr):
     """Words quantized and back, as BF16 or FP32; a group with a NaN becomes NaN."""
-    group, there, places = _groups(count, groups)
+    group, there, places = _groups(count, block)
     even, odd = _unpaired(tl.load(words_ptr + places, mask=there[:, None], other=0))
     global_scale = tl.load(global_ptr)
     bits = _largest_bits(even, odd)
@@ -261,10 +261,10 @@ def squared_errors(
     errors_ptr,
     norms_ptr,
     count,
-    groups: tl.constexpr,
+    block: tl.constexpr,
 ):
     """Σ (ŵ − w)² and Σ w² of every group, FP32."""
-    group, there, places = _groups(count, groups)
+    group, there, places = _groups(count, block)
     even_bits, odd_bits = _unpaired(tl.load(words_ptr + places, mask=there[:, None], other=0))
     even, odd = _number(even_bits), _number(odd_bits)
     even_restored, odd_restored = _restored(packed_ptr, codes_ptr, global_ptr, group, there, places)
@@ -307,14 +307,14 @@ def search(
     groups_a_row,
     trials,
     lowest,
-    groups: tl.constexpr,
+    block: tl.constexpr,
 ):
-    """The best scales of FP32 words and what they err, both FP32: see `scale_search.py`.
+    """The best scales of words and what they err, both FP32: see `scale_search.py`.
 
     `h` FP32 `[K]`; `offsets` int32 `[trials]`, what to try around the start, in order, the max scale itself before
     them; `lowest` is the least of them. A program's groups go down together until none of them may gain.
     """
-    group, there, places = _groups(count, groups)
+    group, there, places = _groups(count, block)
     even_bits, odd_bits = _unpaired(tl.load(words_ptr + places, mask=there[:, None], other=0))
     even, odd = _number(even_bits & _MAGNITUDE), _number(odd_bits & _MAGNITUDE)
     columns = (group % groups_a_row)[:, None] * 16 + 2 * tl.arange(0, 8)[None, :]
@@ -324,7 +324,7 @@ def search(
 
     best = _max_scale_code(_number(_largest_bits(even_bits, odd_bits)), global_scale)
     start = tl.maximum(best, _FIRST_NORMAL)
-    ordinary = _ordinary(global_scale, False)
+    ordinary = _ordinary(global_scale, words_ptr.dtype.element_ty == tl.int32)
     least = _error(even, odd, tl.math.div_rn(_e4m3_value(best), global_scale), even_h, odd_h, ordinary)
     for trial in range(trials):
         code = tl.minimum(tl.maximum(start + tl.load(offsets_ptr + trial), _SMALLEST), _LARGEST)

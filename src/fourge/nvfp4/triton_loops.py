@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fourge.nvfp4 import triton_interpreter
+from fourge.nvfp4 import triton_interpreter, triton_replay
 from fourge.nvfp4 import triton_kernels as kernels
 from fourge.nvfp4.quantize import GROUP_SIZE
 
@@ -19,6 +19,8 @@ _GROUPS = 512 if _INTERPRETED else 128
 
 _SEARCHED_GROUPS = 2048 if _INTERPRETED else 32
 """Fewer in a search, one warp: they wait for the last of them."""
+
+_REPLAYED_ROWS = 64 if _INTERPRETED else 32
 
 _WARP = 32
 
@@ -68,7 +70,7 @@ def squared_errors(weight: Tensor, packed: Tensor, scale: Tensor, global_scale: 
 
 def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
     """See `FusedLoops`."""
-    weight = weight.float()
+    weight = weight if weight.dtype == torch.bfloat16 else weight.float()
     rows, groups = weight.shape[0], weight.shape[1] // GROUP_SIZE
     scales, errors = (torch.empty(rows, groups, dtype=torch.float32, device=weight.device) for _ in range(2))
     tried = torch.tensor(offsets, dtype=torch.int32, device=weight.device)
@@ -85,13 +87,32 @@ def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) 
     return scales, errors
 
 
-def _launch(kernel: Any, count: int, groups: int, *arguments: Tensor, **named: int | bool) -> None:
-    """Runs a kernel over `count` groups, on the device of its first argument; a thread a group."""
+def replay_group(
+    weight: Tensor,
+    fed: Tensor,
+    feedback: Tensor,
+    cost: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    window: int,
+    alternating: int,
+    codes: Tensor,
+    chosen: Tensor,
+) -> None:
+    """See `FusedLoops`."""
+    assert all(x.is_contiguous() for x in (weight, fed, cost, scales, codes, chosen)) and feedback.stride(1) == 1
+    arguments = weight, fed, feedback, cost, scales, _scalar(global_scale, weight), codes, chosen
+    sizes = {"stride": feedback.stride(0), "window": window, "alternating": alternating}
+    _launch(triton_replay.replay_group, weight.shape[1], _REPLAYED_ROWS, *arguments, **sizes)
+
+
+def _launch(kernel: Any, count: int, block: int, *arguments: Tensor, **named: int | bool) -> None:
+    """Runs a kernel over `count` groups (or rows), `block` a program and a thread each, where its arguments lie."""
     if not count:
         return
-    named |= {"count": count, "groups": groups, "num_warps": max(1, groups // _WARP)} | kernels.OPTIONS
+    named |= {"count": count, "block": block, "num_warps": max(1, block // _WARP)} | kernels.OPTIONS
     with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
-        kernel[(triton.cdiv(count, groups),)](*arguments, **named)
+        kernel[(triton.cdiv(count, block),)](*arguments, **named)
 
 
 def _words(x: Tensor) -> Tensor:

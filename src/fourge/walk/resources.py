@@ -31,7 +31,7 @@ _MAPPED_BLOCK_BYTES = 16 << 20
 _WORKING_BYTES = 200 << 20
 """Blocks of rows, I/O buffers and the allocator's slack, whatever the model's size."""
 
-_METHOD_BYTES = 512 << 20
+_METHOD_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 """What a method takes for the chunk of rows that it works on, and for the panels of a Cholesky factorization."""
 
 
@@ -75,7 +75,7 @@ def estimate_needs(
         layer = max(_largest_moment(layout, source, i, choices) for i in range(layout.num_layers))
     micro_batch = micro_batch_bytes(layout, hidden, longest_batch)
     smoothing = smoothing_bytes(layout, hidden.dtype) if settings.smooth else 0
-    works_with = max(smoothing, _METHOD_BYTES if choices.needs_hessian else 0)
+    works_with = max(smoothing, _METHOD_BYTES[torch.device(settings.device).type] if choices.needs_hessian else 0)
     return Needs(output, hidden.nbytes, layer, micro_batch, works_with)
 
 

@@ -1,0 +1,128 @@
+"""Schur replay's turn of a group for a GPU, fused: see `methods/replay.py`, whose bits these are (Triton).
+
+A thread has a row: the candidates one after the other, 16 columns one after the other, all of it in registers. So what
+is one number a row there is a vector here, and a group's 16 columns are a tuple of them.
+"""
+
+import triton
+import triton.language as tl
+
+from fourge.nvfp4.triton_kernels import (
+    _E2M1_BIAS,
+    _LARGEST,
+    _SIGN,
+    _SIX,
+    _SMALLEST,
+    _e4m3_code,
+    _e4m3_value,
+    _index,
+    _nibble_value,
+    _number,
+    _ordinary,
+    _scaled,
+)
+
+
+@triton.jit
+def _fed_forward(total, feedback_ptr, stride, x, column: tl.constexpr):
+    """`total` + Σ F_ij x_i over the columns i before `column`, j."""
+    for before in tl.static_range(column):
+        total += tl.load(feedback_ptr + before * stride + column) * x[before]
+    return total
+
+
+@triton.jit
+def _proposal(weight, fed, feedback_ptr, stride, cost_ptr, step, alternating):
+    """The real-valued step that fits the group best, by turns with the rounding."""
+    goal, free = (), ()
+    for j in tl.static_range(16):
+        goal += (_fed_forward(fed[j], feedback_ptr, stride, weight, j) + weight[j],)
+        left = goal[j]
+        for i in tl.static_range(j):
+            left -= tl.load(feedback_ptr + i * stride + j) * free[i]
+        free += (left,)
+    for _ in range(alternating):
+        along, norm, values = tl.zeros_like(step), tl.zeros_like(step), ()
+        for j in tl.static_range(16):
+            scaled = tl.math.div_rn(free[j], step)
+            index = _index(tl.minimum(tl.abs(scaled), _SIX))
+            values += (_number((index << 22) | tl.where(scaled < 0.0, _SIGN, 0)) * _E2M1_BIAS,)
+            rounded = _fed_forward(tl.zeros_like(step), feedback_ptr, stride, values, j) + values[j]
+            weighted = rounded * tl.load(cost_ptr + j)
+            along += weighted * goal[j]
+            norm += weighted * rounded
+        step = tl.where(along > 0.0, tl.math.div_rn(along, norm), step)
+    return step
+
+
+@triton.jit
+def _try(weight, fed, feedback_ptr, stride, cost_ptr, step, ordinary):
+    """Replays GPTQ over the columns: E2M1 codes, four bits each, of the first and the last eight, and the score."""
+    reciprocal = tl.math.div_rn(1.0, step)
+    first, last = tl.zeros_like(step).to(tl.int32), tl.zeros_like(step).to(tl.int32)
+    score, misses = tl.zeros_like(step), ()
+    for j in tl.static_range(16):
+        target = _fed_forward(fed[j] + weight[j], feedback_ptr, stride, misses, j)
+        nibble = (_index(_scaled(tl.abs(target), step, reciprocal, ordinary)) & 7) | tl.where(target < 0.0, 8, 0)
+        rounded = _nibble_value(nibble) * step
+        misses += (weight[j] - rounded,)
+        short = target - rounded
+        score += short * short * tl.load(cost_ptr + j)
+        if j < 8:
+            first |= nibble << (4 * j)
+        else:
+            last |= nibble << (4 * j - 32)
+    return first, last, score
+
+
+@triton.jit
+def replay_group(
+    weight_ptr,
+    fed_ptr,
+    feedback_ptr,
+    cost_ptr,
+    scales_ptr,
+    global_ptr,
+    codes_ptr,
+    chosen_ptr,
+    count,
+    stride,
+    window,
+    alternating,
+    block: tl.constexpr,
+):
+    """A group's turn for `block` of the `count` rows of `[16, count]`: writes codes and scales, and w − q over fed.
+
+    `feedback_ptr` is that of the group's own block of F, whose rows are `stride` apart.
+    """
+    row = tl.program_id(0) * block + tl.arange(0, block)
+    there = row < count
+    weight, fed = (), ()
+    for j in tl.static_range(16):
+        weight += (tl.load(weight_ptr + tl.cast(count, tl.int64) * j + row, mask=there, other=0.0),)
+        fed += (tl.load(fed_ptr + tl.cast(count, tl.int64) * j + row, mask=there, other=0.0),)
+    scale = tl.load(scales_ptr + row, mask=there, other=1.0)
+    global_scale = tl.load(global_ptr)
+    ordinary = _ordinary(global_scale, False)
+
+    step = tl.math.div_rn(scale, global_scale)
+    proposed = _proposal(weight, fed, feedback_ptr, stride, cost_ptr, step, alternating)
+    middle = tl.maximum(_e4m3_code(tl.maximum(proposed * global_scale, 0.0)), _SMALLEST)
+    chosen, least = scale, tl.zeros_like(step)
+    best_first, best_last = tl.zeros_like(middle), tl.zeros_like(middle)
+    for trial in range(2 * window + 2):  # the scale that came first, then those around the proposal
+        around = _e4m3_value(tl.minimum(tl.maximum(middle + (trial - 1 - window), _SMALLEST), _LARGEST))
+        candidate = tl.where(trial == 0, scale, around)
+        step = tl.math.div_rn(candidate, global_scale)
+        first, last, score = _try(weight, fed, feedback_ptr, stride, cost_ptr, step, ordinary)
+        better = (score < least) | (trial == 0)
+        least = tl.where(better, score, least)
+        chosen = tl.where(better, candidate, chosen)
+        best_first, best_last = tl.where(better, first, best_first), tl.where(better, last, best_last)
+    step = tl.math.div_rn(chosen, global_scale)
+    for j in tl.static_range(16):
+        nibble = (best_first >> (4 * j) if j < 8 else best_last >> (4 * j - 32)) & 15
+        place = tl.cast(count, tl.int64) * j + row
+        tl.store(codes_ptr + place, nibble.to(tl.uint8), mask=there)
+        tl.store(fed_ptr + place, weight[j] - _nibble_value(nibble) * step, mask=there)
+    tl.store(chosen_ptr + row, chosen, mask=there)
