@@ -1,4 +1,5 @@
-"""Does memory grow with depth? Quantizes synthetic Llamas of one width at several depths, each in its own process.
+"""Does memory grow with depth? Quantizes synthetic Llamas of one width at several depths, each in its own process,
+or ranks their Linears with `--verb sensitivity`.
 
 The promise: the peak does not grow with depth (within 5 %) and stays under one and a half layers in BF16, the
 micro-batch and 600 MB. Exits with 1 where it is broken.
@@ -17,11 +18,14 @@ BUILD = Path(__file__).resolve().parents[1] / "build" / "memory"
 BASE = 600e6
 
 
-def peak_of(model: Path, output: Path, length: int, threads: int) -> tuple[int, float]:
-    """Peak resident bytes and seconds of one `fourge quantize` in a fresh process."""
+HELD_OUT = {"quantize": "--num-probe-samples", "sensitivity": "--num-validation-samples"}
+
+
+def peak_of(verb: str, model: Path, output: Path, length: int, threads: int) -> tuple[int, float]:
+    """Peak resident bytes and seconds of one `fourge VERB` in a fresh process."""
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "fourge", "quantize", str(model), "-o", str(output), "--json", "--method", "max"]
-    command += ["--calibration", "random", "--num-calibration-samples", "2", "--num-probe-samples", "1"]
+    command = [sys.executable, "-m", "fourge", verb, str(model), "-o", str(output), "--json", "--method", "max"]
+    command += ["--calibration", "random", "--num-calibration-samples", "2", HELD_OUT[verb], "1"]
     command += ["--max-seq-length", str(length), "--micro-batch-tokens", str(length), "--threads", str(threads)]
     result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return result["peak_resident_bytes"], result["seconds"]
@@ -29,6 +33,7 @@ def peak_of(model: Path, output: Path, length: int, threads: int) -> tuple[int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--verb", choices=HELD_OUT, default="quantize")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=8192)
@@ -41,7 +46,7 @@ def main() -> None:
     for depth in options.depths:
         config = llama_config(options.hidden, options.intermediate, depth, options.hidden // 64, 8, 4096)
         layer = write_llama(BUILD / "model", config)
-        peak, seconds = peak_of(BUILD / "model", BUILD / "out", options.tokens, options.threads)
+        peak, seconds = peak_of(options.verb, BUILD / "model", BUILD / "out", options.tokens, options.threads)
         rows.append((depth, layer, peak, 1.5 * layer + micro_batch + BASE, seconds))
     shutil.rmtree(BUILD)
     print(f"{'layers':>6} {'model MB':>9} {'layer MB':>9} {'peak RSS MB':>12} {'promise MB':>11} {'seconds':>8}")

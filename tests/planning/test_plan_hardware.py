@@ -118,6 +118,20 @@ def test_roofline_by_hand(tmp_path: Path) -> None:
     assert asked.roofline.prefill == pytest.approx(1 / seconds, rel=1e-3)
 
 
+def test_what_is_in_fp8_is_multiplied_in_fp8(tmp_path: Path) -> None:
+    """`down_proj` of a 405B: 126 of 16384 × 53248. It is twice the bytes to read, and half as fast to multiply."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rules: [{targets: 're:.*down_proj', scheme: FP8}]\n")
+    asked = plan(write_config(tmp_path), gpu="b200:4", max_model_len=8192, recipe_file=recipe).asked
+    assert asked is not None and asked.roofline is not None
+    fp8 = 126 * 16384 * 53248
+    expected = (401.65e9 - fp8) * 0.5625 + fp8 + 126 * 16384 * 2 + 8.41e9
+    assert 4 * asked.weights == pytest.approx(expected, rel=1e-3)
+    attention = 4 * 126 * 128 * 128 * 8192 / 2
+    seconds = (2 * ((401.65e9 - fp8) / 9e15 + fp8 / 4.5e15) + attention / 2.25e15) / 4
+    assert asked.roofline.prefill == pytest.approx(1 / seconds, rel=1e-3)
+
+
 def test_many_short_sequences_are_bound_by_arithmetic(tmp_path: Path) -> None:
     asked = plan(write_config(tmp_path), gpu="a100:16", max_model_len=256, concurrency=1024).asked
     assert asked is not None and asked.roofline is not None

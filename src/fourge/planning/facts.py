@@ -82,6 +82,11 @@ class ModelFacts:
         return sum(prod(self.shapes[f"{linear}.weight"]) for linear in self.quantized)
 
     @property
+    def fp8_parameters(self) -> int:
+        """Those of them that are in FP8 and not in FP4."""
+        return sum(prod(self.shapes[f"{linear}.weight"]) for linear, scheme in self.schemes.items() if scheme == "FP8")
+
+    @property
     def linear_parameters(self) -> int:
         """Weights of the decoder layers' Linears, quantized or not."""
         linears = {f"{linear}.weight" for linear in self.layer_linears()}

@@ -65,7 +65,7 @@ class _Work:
         if not facts.tied_head:  # a handful of its rows is looked up; a tied one is read as the head
             read -= facts.output[embedding].nbytes // self.size
         if self.kernel == EMULATION:  # written as BF16, and read back
-            read += 2 * 2 * facts.quantized_parameters // self.size
+            read += 2 * 2 * (facts.quantized_parameters - facts.fp8_parameters) // self.size
         cache = sequences * context * bytes_per_token(facts, self.dtype, self.size)
         return (read + cache) / self.bandwidth
 
@@ -73,7 +73,8 @@ class _Work:
         """The arithmetic of one token that sees `context` others: two operations a weight, four a cached value."""
         facts = self.facts
         fp4 = self.gpu.fp4 if self.kernel == FP4 else None
-        linears = facts.quantized_parameters / (fp4 or self.bf16)
+        linears = (facts.quantized_parameters - facts.fp8_parameters) / (fp4 or self.bf16)
+        linears += facts.fp8_parameters / (self.gpu.fp8 or self.bf16)
         linears += (facts.linear_parameters - facts.quantized_parameters) / self.bf16
         if with_head:
             linears += facts.head_parameters / self.bf16
