@@ -20,7 +20,8 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RECIPES = ("rtn", "expanded-mse", "gptq", "gptq-expanded-mse", "awq-gptq", "awq-gptq-expanded-mse", "kv-fp8")
+RECIPES = ("rtn", "expanded-mse", "gptq", "gptq-expanded-mse", "awq-gptq", "awq-gptq-expanded-mse", "kv-fp8", "mixture")
+MIXTURE = {"FP8_DYNAMIC": ["re:.*down_proj"], "NVFP4": ["re:.*(q|k|v|o|gate|up)_proj"]}
 KV_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 # The largest of all samples, as for NVFP4's inputs; left out, it is a moving average that the first ones dominate.
 KV_FP8 |= {"observer": "static_minmax"}
@@ -31,6 +32,9 @@ def modifiers(recipe: str, scheme: str) -> list[Any]:
     common: dict[str, Any] = {"targets": "Linear", "scheme": scheme, "ignore": ["lm_head"]}
     if recipe.endswith("expanded-mse"):
         common["weight_observer"] = "nvfp4_expanded_mse"
+    if recipe == "mixture":
+        del common["targets"]
+        common["scheme"] = MIXTURE
     if recipe == "kv-fp8":
         common["kv_cache_scheme"] = KV_FP8
     quantizer = GPTQModifier(**common) if "gptq" in recipe else QuantizationModifier(**common)
