@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "verify": {"checkpoint", "checks", "data", "settings", "progress", "errors", "walk"},
     "convert": {"checkpoint", "checks", "settings", "progress", "errors", "_version"},
     "planning": {"nvfp4", "checkpoint", "methods", "settings", "progress", "errors", "walk", "checks"},
-    "evaluate": {"checkpoint", "checks", "evaluation", "settings", "errors", "walk"},
+    "evaluate": {"checkpoint", "checks", "evaluation", "settings", "progress", "errors", "walk", "_version"},
     "plan": {"planning", "recipes", "recipe_file", "settings", "errors", "walk"},
     "evaluation": {
         *("nvfp4", "checkpoint", "settings", "data", "progress", "errors", "walk", "checks", "methods", "planning"),

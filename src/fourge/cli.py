@@ -18,9 +18,9 @@ from fourge.card import card
 from fourge.chat import chat
 from fourge.compare import compare
 from fourge.convert import convert
-from fourge.errors import InputError, StoppedTogetherError
+from fourge.errors import InputError, TogetherError
 from fourge.evaluate import evaluate
-from fourge.launch import read_launch
+from fourge.launch import Launch, read_launch
 from fourge.page import page
 from fourge.plan import plan
 from fourge.push import push
@@ -63,15 +63,15 @@ def _command(
 
     @functools.wraps(verb)
     def run(*args: Any, json_output: bool, **options: Any) -> None:
+        launch = Launch()
         try:
             launch = read_launch()
             if launch.size > 1 and not ranks:
                 raise InputError(f"{verb.__name__} is work for one process: leave torchrun out")
             result = verb(*args, **options)
-        except StoppedTogetherError:
-            raise typer.Exit(2) from None
         except InputError as error:
-            print(f"fourge: {error}", file=sys.stderr)
+            if launch.rank == 0 or not isinstance(error, TogetherError):
+                print(f"fourge: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -102,7 +102,7 @@ _command(sensitivity, sensitivity_summary, stopped="the layers that were walked 
 _command(quantize, quantize_summary, stopped="what was committed is kept, continue", ranks=True)
 _command(verify, verify_summary, lambda report: 0 if report.passed else 1)
 _command(convert, convert_summary, stopped="the shards that were written are kept, continue")
-_command(evaluate, evaluate_summary, stopped="the layers that were walked are kept, continue")
+_command(evaluate, evaluate_summary, stopped="the layers that were walked are kept, continue", ranks=True)
 _command(compare, evaluation_summary)
 _command(serve, serve_summary, lambda result: result.exit_code)
 _command(chat, chat_summary)

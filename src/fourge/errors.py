@@ -9,8 +9,8 @@ class InputError(ValueError):
     """
 
 
-class StoppedTogetherError(InputError):
-    """An InputError that another process of this run prints: this one ends with the same code and says nothing."""
+class TogetherError(InputError):
+    """An InputError that is raised in all processes of this run: the first of them says it."""
 
 
 class RankLostError(InputError):

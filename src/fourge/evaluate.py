@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fourge._version import __version__
 from fourge.errors import InputError
+from fourge.progress import mute
 from fourge.settings import ComputeDtype
 
 if TYPE_CHECKING:
     from fourge.evaluation.benchmark import Benchmark
     from fourge.evaluation.data_list import ListedTask
+    from fourge.evaluation.engine_choice import EngineOption
     from fourge.evaluation.evaluation_run import Models
     from fourge.evaluation.fetch_data import FetchedDataset
     from fourge.evaluation.requests import Role
     from fourge.evaluation.suites import Thinking
+    from fourge.walk.ranks import Ranks
 
 _MODES: "Mapping[str | None, tuple[Thinking | None, ...]]" = {
     None: (None,),
@@ -130,7 +134,8 @@ def evaluate(
     """Score a model and its quantized copy on the same questions, and say what the copy kept.
 
     lm-eval asks and scores. The walk answers for both models from one reading of the weights, so a model may be any
-    size; the same command continues a walk that was stopped. Raises InputError for what the caller can mend.
+    size; the same command continues a walk that was stopped. Under torchrun its ranks share the walk, and give the same
+    answers. Raises InputError for what the caller can mend.
     """
     limit = _require_limit(limit)
     command = _command_line(locals())
@@ -139,48 +144,66 @@ def evaluate(
     from fourge.evaluation.benchmark import PromptOptions, choose_benchmark
     from fourge.evaluation.engine_choice import choose_engine
     from fourge.evaluation.evaluation_run import Computing, EvaluationRun
+    from fourge.evaluation.following import follow, leading
     from fourge.evaluation.scores import parse_wishes
     from fourge.evaluation.task_data import TaskData
     from fourge.walk.device import resolve_device
+    from fourge.walk.ranks import join_ranks
 
-    prompts = PromptOptions(
-        apply_chat_template, fewshot_as_multiturn, num_fewshot, gen_kwargs, limit, system_instruction, seed
-    )
-    data = TaskData([Path(folder) for folder in task_data]) if task_data else None
-    benchmark = choose_benchmark(suite, tasks, prompts, data, None if include_path is None else Path(include_path))
-    if list_data or fetch_data is not None:
-        return _data_alone(benchmark, None if fetch_data is None else Path(fetch_data))
-    if thinking is not None and not benchmark.prompts.apply_chat_template:
-        raise InputError(f"--thinking {thinking}: goes through the chat template; add --apply-chat-template")
     arithmetic = resolve_device(device, compute_dtype, threads)
-    torch.set_num_threads(arithmetic.pop("threads"))
-    models = _locate_models(baseline, revision, None if quantized is None else Path(quantized))
-    folder = _choose_folder(output, models, benchmark.name)
-    given: dict[Role, str | None] = {"baseline": baseline_url, "quantized": quantized_url}
-    urls = {role: url for role, url in given.items() if url is not None}
-    computing = Computing(
-        engine=choose_engine(engine, models.paths, urls, arithmetic["device"]),
-        batch_size=batch_size,
-        micro_batch_tokens=micro_batch_tokens,
-        urls=urls,
-        numerics=numerics,
-        restart=restart,
-        **arithmetic,
-    )
-    result = EvaluateResult()
-    for mode in _MODES[thinking]:
-        run = EvaluationRun(
-            benchmark=benchmark.in_mode(mode).with_data(),
-            models=models,
-            computing=computing,
-            thinking=mode,
-            folder=folder if thinking != "both" else folder / f"thinking-{mode}",
-            metrics=parse_wishes(metric or []),
-            command=command,
+    torch.set_num_threads(arithmetic["threads"])
+    ranks = join_ranks(arithmetic["device"])
+    ranks.require_same({**arithmetic, "fourge": __version__, "torch": torch.__version__}, "all ranks need the same")
+    del arithmetic["threads"]
+    if not ranks.first:
+        mute()
+        follow(ranks)
+        return EvaluateResult()
+    with leading(ranks):
+        prompts = PromptOptions(
+            apply_chat_template, fewshot_as_multiturn, num_fewshot, gen_kwargs, limit, system_instruction, seed
         )
-        result.evaluations.append(run.run())
-        result.folders.append(run.folder)
-    return result
+        data = TaskData([Path(folder) for folder in task_data]) if task_data else None
+        benchmark = choose_benchmark(suite, tasks, prompts, data, None if include_path is None else Path(include_path))
+        if list_data or fetch_data is not None:
+            return _data_alone(benchmark, None if fetch_data is None else Path(fetch_data))
+        if thinking is not None and not benchmark.prompts.apply_chat_template:
+            raise InputError(f"--thinking {thinking}: goes through the chat template; add --apply-chat-template")
+        models = _locate_models(baseline, revision, None if quantized is None else Path(quantized))
+        folder = _choose_folder(output, models, benchmark.name)
+        given: dict[Role, str | None] = {"baseline": baseline_url, "quantized": quantized_url}
+        urls = {role: url for role, url in given.items() if url is not None}
+        computing = Computing(
+            engine=choose_engine(_engine_of(ranks, engine), models.paths, urls, arithmetic["device"]),
+            batch_size=batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            urls=urls,
+            numerics=numerics,
+            restart=restart,
+            ranks=ranks,
+            **arithmetic,
+        )
+        result = EvaluateResult()
+        for mode in _MODES[thinking]:
+            run = EvaluationRun(
+                benchmark=benchmark.in_mode(mode).with_data(),
+                models=models,
+                computing=computing,
+                thinking=mode,
+                folder=folder if thinking != "both" else folder / f"thinking-{mode}",
+                metrics=parse_wishes(metric or []),
+                command=command,
+            )
+            result.evaluations.append(run.run())
+            result.folders.append(run.folder)
+        return result
+
+
+def _engine_of(ranks: "Ranks", asked: "EngineOption") -> "EngineOption":
+    """The engine asked for; several ranks have the walk alone to share. InputError where they are to have another."""
+    if ranks.size > 1 and asked in ("hf", "vllm"):
+        raise InputError(f"--engine {asked} is work for one process: leave torchrun out, or say --engine walk")
+    return asked if ranks.size == 1 else "walk"
 
 
 def _require_limit(limit: float | None) -> int | float | None:

@@ -8,6 +8,7 @@ output: the scores, in hexadecimal floats, and the measures.
 import json
 import os
 import signal
+import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,14 @@ import numpy as np
 import torch
 import transformers.models.llama.modeling_llama
 
+import fourge.evaluation.scoring_walk
+import fourge.walk.head
+from fourge.errors import InputError
 from fourge.evaluation.engine import WalkEngine, WalkSettings
+from fourge.evaluation.following import follow, leading
 from fourge.evaluation.requests import ScoreRequest, score_request
 from fourge.nvfp4.backend import choose
+from fourge.walk.ranks import Ranks, join_ranks
 
 OPERATIONS = ("fsync", "replace", "unlink", "pwrite")
 
@@ -54,40 +60,81 @@ def fixed_requests() -> list[ScoreRequest]:
     ]
 
 
-def child(request: dict[str, Any], answer: int) -> None:
-    torch.set_num_threads(1)
-    count = kill_before(request.get("kill_before"))
+def score(request: dict[str, Any], ranks: Ranks | None, count: list[int]) -> dict[str, Any]:
     paths = (Path(request["model"]), Path(request["quantized"]), Path(request["folder"]))
-    engine = WalkEngine(WalkSettings(*paths, "float32", "cpu", micro_batch_tokens=request.get("micro_batch_tokens")))
+    budget = request.get("micro_batch_tokens")
+    engine = WalkEngine(WalkSettings(*paths, "float32", "cpu", micro_batch_tokens=budget, ranks=ranks))
     requests = fixed_requests()
     scores = engine.score(requests)
     assert engine.outcome is not None and engine.outcome.kl_div is not None
     found = {role: [[scores[role][r.key][0].hex(), scores[role][r.key][1]] for r in requests] for role in engine.roles}
-    report = {
+    return {
         "operations": count[0],
         "scores": found,
         "kl_div": asdict(engine.outcome.kl_div),
         "bytes_read": engine.outcome.bytes_read,
         "continued": engine.outcome.continued,
     }
+
+
+def child(request: dict[str, Any], answer: int) -> None:
+    """This process alone; or with `rank` in the request, as torchrun would start it among `ranks`."""
+    torch.set_num_threads(1)
+    rank = request.get("rank", 0)
+    count = kill_before(request.get("kill_before") if rank == request.get("kill_rank", 0) else None)
+    try:
+        if "ranks" in request:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"])}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(request["ranks"])}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
+            fourge.walk.head.ROWS = fourge.evaluation.scoring_walk.ROWS = 4
+            ranks = join_ranks("cpu")
+            if ranks.first:
+                with leading(ranks):
+                    report = score(request, ranks, count)
+            else:
+                follow(ranks)
+                report = {}
+        else:
+            report = score(request, None, count)
+    except InputError as error:
+        report = {"error": type(error).__name__, "message": str(error)}
     os.write(answer, json.dumps(report).encode())
     os._exit(0)
+
+
+def start(request: dict[str, Any]) -> tuple[int, int]:
+    """A child's number, and where its report is to be read."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        child(request, writer)
+    os.close(writer)
+    return pid, reader
+
+
+def finish(pid: int, reader: int) -> dict[str, Any]:
+    report = b"".join(iter(lambda: os.read(reader, 4096), b""))
+    os.close(reader)
+    _, status = os.waitpid(pid, 0)
+    killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    return {"killed_by": killed, **json.loads(report or b"{}")}
+
+
+def answer_of(request: dict[str, Any]) -> Any:
+    """What became of a process alone, or of every rank, in a list."""
+    if "ranks" not in request:
+        return finish(*start(request))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        request["port"] = free.getsockname()[1]
+    return [finish(*started) for started in [start(request | {"rank": rank}) for rank in range(request["ranks"])]]
 
 
 def main() -> None:
     assert transformers.models.llama.modeling_llama
     choose("torch")  # fused loops would be loaded by every child anew
     for line in sys.stdin:
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line), writer)
-        os.close(writer)
-        report = b"".join(iter(lambda reader=reader: os.read(reader, 4096), b""))
-        os.close(reader)
-        _, status = os.waitpid(pid, 0)
-        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        print(json.dumps({"killed_by": killed, **json.loads(report or b"{}")}), flush=True)
+        print(json.dumps(answer_of(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

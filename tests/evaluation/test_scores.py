@@ -212,6 +212,7 @@ def test_head_in_chunks_gives_the_same_answers(
     requests = greedy_requests(load_source(pico()))
     whole = engine(tmp_path / "whole", pico()).score(requests)["baseline"]
     monkeypatch.setattr("fourge.evaluation.scoring_walk.head_chunk_rows", lambda lanes: 5)
+    monkeypatch.setattr("fourge.evaluation.scoring_walk.ROWS", 2)
     chunked = engine(tmp_path / "chunked", pico()).score(requests)["baseline"]
     assert {key: found[1] for key, found in whole.items()} == {key: found[1] for key, found in chunked.items()}
     for key, (likelihood, _) in whole.items():

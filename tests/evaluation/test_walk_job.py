@@ -31,12 +31,11 @@ class Zygote:
             text=True,
         )
 
-    def walk(self, folder: Path, **request: Any) -> dict[str, Any]:
+    def walk(self, folder: Path, **request: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(self._models | {"folder": str(folder)} | request) + "\n")
         self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -89,6 +88,30 @@ def test_a_finished_walk_is_not_walked_again(zygote: Zygote, tmp_path: Path) -> 
     first, second = zygote.walk(tmp_path), zygote.walk(tmp_path)
     assert second["scores"] == first["scores"] and second["kl_div"] == first["kl_div"]
     assert second["bytes_read"] == 0 < first["bytes_read"]
+
+
+def test_any_number_of_ranks_gives_the_same_scores(zygote: Zygote, tmp_path: Path) -> None:
+    (alone,) = zygote.walk(tmp_path / "1", ranks=1, micro_batch_tokens=8)
+    for ranks in (2, 3):
+        first, *others = zygote.walk(tmp_path / str(ranks), ranks=ranks, micro_batch_tokens=8)
+        assert first["scores"] == alone["scores"] and first["kl_div"] == alone["kl_div"]
+        assert first["operations"] < alone["operations"], "rank 0 writes its own rows alone"
+        assert others == [{"killed_by": None}] * (ranks - 1)
+
+
+def test_a_killed_rank_ends_the_others_and_one_process_goes_on(zygote: Zygote, tmp_path: Path) -> None:
+    answers = zygote.walk(tmp_path / "killed", ranks=2, micro_batch_tokens=8, kill_rank=1, kill_before=12)
+    assert answers[0]["error"] == "RankLostError" and answers[1] == {"killed_by": signal.SIGKILL}
+    (continued,) = zygote.walk(tmp_path / "killed", ranks=1, micro_batch_tokens=8)
+    (whole,) = zygote.walk(tmp_path / "whole", ranks=1, micro_batch_tokens=8)
+    assert continued["continued"] and continued["scores"] == whole["scores"]
+
+
+def test_what_rank_0_cannot_use_ends_the_others(zygote: Zygote, tmp_path: Path) -> None:
+    zygote.walk(tmp_path, ranks=1, micro_batch_tokens=8)
+    answers = zygote.walk(tmp_path, ranks=2, micro_batch_tokens=9)
+    assert [answer["error"] for answer in answers] == ["InputError", "TogetherError"]
+    assert answers[0]["message"] == answers[1]["message"]
 
 
 def engine(models: tuple[Path, Path], folder: Path, **changes: Any) -> WalkEngine:

@@ -100,7 +100,7 @@ def test_ranks_that_are_not_alike_are_refused(zygote: Zygote, pico: Callable[...
     """Rank 0 names what differs, the other ends in silence, and nothing is left behind."""
     answers = zygote.quantize(pico(), tmp_path / "out", ranks=2, more=WALKED, of_rank={"1": {"threads": 2}})
     assert answers[0]["message"] == "rank 1 has threads = 2 and rank 0 1: all ranks need the same"
-    assert [answer["error"] for answer in answers] == ["InputError", "StoppedTogetherError"]
+    assert [answer["error"] for answer in answers] == ["TogetherError", "TogetherError"]
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +108,7 @@ def test_what_one_rank_cannot_use_stops_all(zygote: Zygote, pico: Callable[..., 
     elsewhere = {"1": {"ignore": ["re:.*down_proj"], "targets": ["nothing"]}}
     answers = zygote.quantize(pico(), tmp_path / "out", ranks=2, more=WALKED, of_rank=elsewhere)
     assert answers[0]["message"].startswith("rank 1: ")
-    assert [answer["error"] for answer in answers] == ["InputError", "StoppedTogetherError"]
+    assert [answer["error"] for answer in answers] == ["TogetherError", "TogetherError"]
 
 
 def test_blocks_of_a_hessian_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

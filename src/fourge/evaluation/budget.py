@@ -44,7 +44,7 @@ def must_walk_alone(lane: ScoringLane) -> bool:
 
 def choose_micro_batch(lanes: tuple[ScoringLane, ...]) -> int:
     """Tokens a row that half of the memory beside a layer holds: a power of two from 256 to 4096."""
-    free = free_memory(lanes[0].walk.device) - _layer_memory(lanes)
+    free = _memory_of_one(lanes[0]) - _layer_memory(lanes)
     tokens = MOST_TOKENS
     while tokens > _FEWEST_TOKENS and _row_bytes(lanes[0], tokens, branches=True) > _SHARE_OF_MEMORY * free:
         tokens //= 2
@@ -76,7 +76,7 @@ def require_room(
     memory = _layer_memory(lanes) + max(
         _row_bytes(lanes[0], row.num_tokens, branches=not row.is_chain) for row in packing.rows
     )
-    have = free_memory(lanes[0].walk.device)
+    have = _memory_of_one(lanes[0])
     if have < memory:
         raise InputError(
             f"{format_bytes(memory)} of memory are needed for one layer and the longest row, {format_bytes(have)} are "
@@ -99,6 +99,12 @@ def _row_bytes(lane: ScoringLane, tokens: int, *, branches: bool) -> int:
 
 def _layer_memory(lanes: tuple[ScoringLane, ...]) -> int:
     return max(lane.layer_bytes for lane in lanes) + _WORKING_BYTES
+
+
+def _memory_of_one(lane: ScoringLane) -> int:
+    """What may be taken by this process: on CPUs, its ranks share the machine's."""
+    free = free_memory(lane.walk.device)
+    return free if lane.walk.device.type == "cuda" else free // lane.walk.ranks.local_size
 
 
 def free_memory(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from fourge._version import __version__
 from fourge.checkpoint.durable import disk_errors_named
 from fourge.evaluation.budget import choose_micro_batch, must_walk_alone, require_room, row_cost
 from fourge.evaluation.engine_choice import name_numerics
+from fourge.evaluation.following import walk_together
 from fourge.evaluation.lanes import ScoringLane, open_lanes
 from fourge.evaluation.prompting import load_tokenizer
 from fourge.evaluation.requests import GenerateRequest, Results, Role, RunLmEval, ScoreRequest
@@ -26,6 +27,7 @@ from fourge.evaluation.scoring import ScoringPlan, plan_scoring
 from fourge.evaluation.scoring_job import ScoringJob, digest_requests
 from fourge.evaluation.scoring_walk import ScoringWalk
 from fourge.progress import announced
+from fourge.walk.ranks import Ranks, alone
 from fourge.walk.resources import return_freed_layers
 from fourge.walk.statistics import Estimate
 from fourge.walk.walk_folder import read_stored
@@ -61,6 +63,8 @@ class WalkSettings:
     restart: bool = False
     draft_url: str | None = None
     draft_concurrency: int = 1
+    ranks: Ranks | None = None
+    """Those that share the walk, on devices of their own; None for this process alone, on `device`."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class WalkEngine:
         self.settings = settings
         self.outcome: WalkOutcome | None = None
         self.generation: dict[Role, GenerationOutcome] = {}
-        dtype, device = getattr(torch, settings.compute_dtype), torch.device(settings.device)
-        self.lanes = open_lanes(settings.baseline, settings.quantized, dtype, device)
+        ranks = settings.ranks or alone(torch.device(settings.device))
+        self.lanes = open_lanes(settings.baseline, settings.quantized, getattr(torch, settings.compute_dtype), ranks)
         self.tokenizer = load_tokenizer(self.lanes[0].checkpoint.directory)
 
     @property
@@ -223,7 +227,7 @@ class WalkEngine:
     def _walk(self, job: ScoringJob, plan: ScoringPlan) -> None:
         walk = ScoringWalk(self.lanes, plan)
         require_room(self.lanes, plan.packing, walk.hidden_layout.nbytes, job.folder, fresh=job.next_step == 0)
-        walk.run(job)
+        walk_together(walk, job)
 
     def _micro_batch_tokens(self, folder: Path) -> int:
         """The option; else what the walk in the folder was begun with, for its layout hangs on it; else from memory.

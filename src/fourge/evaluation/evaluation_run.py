@@ -25,6 +25,7 @@ from fourge.walk.machine import describe_machine
 
 if TYPE_CHECKING:
     from fourge.evaluation.requests import Results, Role
+    from fourge.walk.ranks import Ranks
 
 _ROLES: "tuple[Role, Role]" = ("baseline", "quantized")
 NOT_SAID = "numerics not stated"
@@ -71,6 +72,7 @@ class Computing:
     urls: "Mapping[Role, str]" = field(default_factory=dict)
     numerics: str | None = None
     restart: bool = False
+    ranks: "Ranks | None" = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class EvaluationRun:
                 restart=self.computing.restart,
                 draft_url=self.computing.urls.get("quantized"),
                 draft_concurrency=self.computing.batch_size,
+                ranks=self.computing.ranks,
             )
         )
         results = engine.evaluate(run_lm_eval)

@@ -20,6 +20,7 @@ from fourge.walk.lanes import read_layer
 from fourge.walk.layer import LaneLayer
 from fourge.walk.model import require_finite_ends
 from fourge.walk.quantized import QuantizedModel
+from fourge.walk.ranks import Ranks
 from fourge.walk.skeleton import Skeleton, load_config
 from fourge.walk.streams import Lane
 from fourge.walk.walk import Walk
@@ -65,14 +66,15 @@ class ScoringLane:
 
 
 def open_lanes(
-    baseline: Path | None, quantized: Path | None, dtype: torch.dtype, device: torch.device
+    baseline: Path | None, quantized: Path | None, dtype: torch.dtype, ranks: Ranks
 ) -> tuple[ScoringLane, ...]:
-    """The lanes that there are models for, `bf16` first; InputError for what cannot be walked, or not together."""
+    """The lanes that there are models for, `bf16` first, to be walked by `ranks`; InputError for what cannot be walked,
+    or not together."""
     lanes = []
     if baseline is not None:
-        lanes.append(_open_baseline(baseline, dtype, device))
+        lanes.append(_open_baseline(baseline, dtype, ranks))
     if quantized is not None:
-        lanes.append(_open_quantized(quantized, dtype, device))
+        lanes.append(_open_quantized(quantized, dtype, ranks))
     if len(lanes) == 2 and lanes[0].walk.skeleton.shapes != lanes[1].walk.skeleton.shapes:
         raise InputError(
             f"--baseline {baseline} and {quantized} are not one model: their tensors' shapes differ; "
@@ -82,18 +84,18 @@ def open_lanes(
     return tuple(lanes)
 
 
-def _open_baseline(directory: Path, dtype: torch.dtype, device: torch.device) -> ScoringLane:
+def _open_baseline(directory: Path, dtype: torch.dtype, ranks: Ranks) -> ScoringLane:
     source = Checkpoint.open(directory)
     require_unquantized(source)
     require_float(source)
-    skeleton = Skeleton(load_config(directory), find_architecture(source.config), device)
+    skeleton = Skeleton(load_config(directory), find_architecture(source.config), ranks.device)
     layout = source_layout(
         skeleton.architecture, skeleton.num_layers, skeleton.shapes, source.tensors, skeleton.tied_head
     )
-    return ScoringLane("bf16", Walk(skeleton, source, (), dtype, device), layout, None)
+    return ScoringLane("bf16", Walk(skeleton, source, (), dtype, ranks.device, ranks), layout, None)
 
 
-def _open_quantized(directory: Path, dtype: torch.dtype, device: torch.device) -> ScoringLane:
+def _open_quantized(directory: Path, dtype: torch.dtype, ranks: Ranks) -> ScoringLane:
     require_quantized(directory)
     checkpoint = Checkpoint.open(directory)
     config, quantization = check_config(checkpoint.config)
@@ -103,12 +105,12 @@ def _open_quantized(directory: Path, dtype: torch.dtype, device: torch.device) -
     tensors, _ = check_tensors(checkpoint, expected)
     _require_passed(tensors, directory)
     _require_walkable(expected, directory)
-    skeleton = Skeleton(expected.config, expected.architecture, device)
+    skeleton = Skeleton(expected.config, expected.architecture, ranks.device)
     head = f"{expected.architecture.head}.weight"
     shapes = {name: shape for name, shape in expected.shapes.items() if not (expected.tied_head and name == head)}
     layout = cut_layout(expected.architecture, expected.num_layers, shapes, expected.schemes)
     model = QuantizedModel(checkpoint, layout, expected.kv_cache_scheme)
-    return ScoringLane("nvfp4", Walk(skeleton, checkpoint, (), dtype, device), layout, model)
+    return ScoringLane("nvfp4", Walk(skeleton, checkpoint, (), dtype, ranks.device, ranks), layout, model)
 
 
 def _require_passed(check: Check, directory: Path) -> None:

@@ -1,6 +1,6 @@
 """The walk over lm-eval's requests: every lane through every layer, then what the head says of what is scored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +14,14 @@ from fourge.evaluation.packing import Row
 from fourge.evaluation.scoring import ScoringPlan, sum_answers
 from fourge.evaluation.scoring_job import ScoringJob
 from fourge.progress import WalkProgress, announced
-from fourge.walk.head import Divergence, LaneScores, Targets, score_heads
-from fourge.walk.hidden import HiddenFile, HiddenLayout
+from fourge.walk.head import ROWS, Divergence, LaneScores, Targets, score_heads
+from fourge.walk.hidden import HiddenFile, HiddenLayout, create_together, finish_together
 from fourge.walk.layer import LaneLayer
+from fourge.walk.ranks import Ranks, spans
 from fourge.walk.statistics import clustered_mean
 from fourge.walk.tree import Tree
 from fourge.walk.walk import require_in_range
+from fourge.walk.walk_folder import WalkPaths
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,43 @@ class ScoringWalk:
     def _num_layers(self) -> int:
         return self.lanes[0].layout.num_layers
 
-    def run(self, job: ScoringJob) -> None:
-        """Runs and commits every step that is left. Raises InputError where hidden states leave the dtype's range."""
-        if job.next_step == 0:
-            with announced("Checking embedding and head for NaN and Inf"):
-                for lane in self.lanes:
-                    lane.require_finite_ends()
-        else:
-            job.check_hidden(self.hidden_layout)
+    @property
+    def ranks(self) -> Ranks:
+        """Those that share the work: each calls `run`, at the same time."""
+        return self.lanes[0].walk.ranks
+
+    def run(self, folder: WalkPaths, first: int) -> None:
+        """Runs every step from `first` on. Rank 0 commits, and is to be given its ScoringJob as the `folder`.
+
+        Raises InputError where hidden states leave the dtype's range.
+        """
+        job = folder if isinstance(folder, ScoringJob) else None
+        with self.ranks.as_one():
+            if job is not None:
+                self._check(job)
         steps = self._num_layers + 2
-        with WalkProgress(self.title, steps, job.next_step, job.metrics_path, costs=self._costs()) as progress:
-            for step in range(job.next_step, steps - 1):
-                with HiddenFile(job.hidden_temporary, self.hidden_layout, create=True) as target:
-                    self._step(step, job, target, progress)
-                    checksum = target.finish()
-                job.commit_hidden(checksum)
+        with WalkProgress(self.title, steps, first, folder.metrics_path, costs=self._costs()) as progress:
+            for step in range(first, steps - 1):
+                with create_together(folder.hidden_temporary, self.hidden_layout, self.ranks) as target:
+                    self._step(step, folder, target, progress)
+                    checksum = finish_together(target, self.ranks)
+                if job is not None:
+                    job.commit_hidden(checksum)
+                self.ranks.wait()
                 progress.finish_step(self.lanes[0].layout.step_name(step), "", {"step": step})
-            with HiddenFile(job.hidden_path(job.next_step), self.hidden_layout, create=False) as source:
+            with HiddenFile(folder.hidden_path(steps - 1), self.hidden_layout, create=False) as source:
                 answers, facts = self._head(source, progress)
-            job.finish(answers, facts)
+            if job is not None:
+                job.finish(answers, facts)
             progress.finish_step("head", "", {"step": steps - 1})
+
+    def _check(self, job: ScoringJob) -> None:
+        if job.next_step:
+            job.check_hidden(self.hidden_layout)
+            return
+        with announced("Checking embedding and head for NaN and Inf"):
+            for lane in self.lanes:
+                lane.require_finite_ends()
 
     def _costs(self) -> list[float]:
         """What each step costs relative to a decoder layer, for an ETA."""
@@ -73,11 +92,11 @@ class ScoringWalk:
         scored = len(np.unique(self.plan.nodes)) / self.plan.packing.num_tokens
         return [0.01, *[1.0] * self._num_layers, 0.01 + sizes[0] / sizes[1] * scored]
 
-    def _step(self, step: int, job: ScoringJob, target: HiddenFile, progress: WalkProgress) -> None:
+    def _step(self, step: int, folder: WalkPaths, target: HiddenFile, progress: WalkProgress) -> None:
         if step == 0:
             self._embed(target, progress)
             return
-        with HiddenFile(job.hidden_path(step), self.hidden_layout, create=False) as source:
+        with HiddenFile(folder.hidden_path(step), self.hidden_layout, create=False) as source:
             for number, lane in enumerate(self.lanes):
                 with lane.layer(step - 1, progress) as layer:
                     self._run_layer(number, lane, layer, source, target, progress)
@@ -87,12 +106,15 @@ class ScoringWalk:
 
     def _embed(self, target: HiddenFile, progress: WalkProgress) -> None:
         for number, lane in enumerate(self.lanes):
-            name = f"{lane.layout.architecture.embedding}.weight"
-            for row in self.plan.packing.rows:
+            name, first = f"{lane.layout.architecture.embedding}.weight", self._first_row(number)
+
+            def look_up(row: Row, lane: ScoringLane = lane, name: str = name, first: int = first) -> Sequence[Tensor]:
                 tokens = torch.from_numpy(self.plan.packing.tokens(row).astype(np.int64))
                 states = lane.checkpoint.gather_rows(name, tokens).to(lane.walk.dtype)
-                target.write(self._first_row(number) + row.first_token, states)
-                self._advance(row, progress)
+                target.write(first + row.first_token, states)
+                return ()
+
+            self._run_rows(look_up, progress)
 
     def _run_layer(
         self,
@@ -104,12 +126,21 @@ class ScoringWalk:
         progress: WalkProgress,
     ) -> None:
         first, device = self._first_row(number), lane.walk.device
-        for row in self.plan.packing.rows:
+
+        def forward(row: Row) -> Sequence[Tensor]:
             states = source.read(first + row.first_token, first + row.last_token).to(device)
             tree = None if row.is_chain else _to(self.plan.packing.tree(row), device)
             output = layer(states[None], tree)[0]
             require_in_range(output, layer.index, "the requests", lane.name)
             target.write(first + row.first_token, output)
+            return ()
+
+        self._run_rows(forward, progress)
+
+    def _run_rows(self, work: Callable[[Row], Sequence[Tensor]], progress: WalkProgress) -> None:
+        """Has the ranks do `work` on every row, each on its own."""
+        rows = self.plan.packing.rows
+        for row, _ in zip(rows, self.ranks.share(rows, work), strict=True):
             self._advance(row, progress)
 
     def _advance(self, row: Row, progress: WalkProgress) -> None:
@@ -122,31 +153,50 @@ class ScoringWalk:
         nodes, place = np.unique(self.plan.nodes, return_inverse=True)
         order = np.argsort(place, kind="stable")
         ordered, pairs = place[order], len(order)
+
+        def inside(part: slice) -> np.ndarray:
+            """The pairs that the nodes of `part` predict, in the nodes' order."""
+            return order[slice(*np.searchsorted(ordered, [part.start, part.stop]))]
+
+        def score(part: slice) -> Sequence[Tensor]:
+            chosen = inside(part)
+            targets = Targets(
+                torch.from_numpy(place[chosen] - part.start),
+                torch.from_numpy(self.plan.targets[chosen].astype(np.int64)),
+            )
+            share = (part.stop - part.start) / len(nodes) / len(self.lanes)
+            found, divergence = self._score_chunk(source, nodes[part], targets, share, progress)
+            arrays = [array for scores in found for array in (scores.log_prob, scores.greedy, scores.top)]
+            arrays += [] if divergence is None else [divergence.kl_div, divergence.top1_agrees]
+            return [torch.from_numpy(array) for array in arrays]
+
         scores = [
             LaneScores(np.empty(pairs), np.empty(pairs, dtype=bool), np.empty(pairs, dtype=np.int32))
             for _ in self.lanes
         ]
         divergences: list[Divergence] = []
-        chunk = head_chunk_rows(self.lanes)
-        for first in range(0, len(nodes), chunk):
-            chosen = nodes[first : first + chunk]
-            begin, end = np.searchsorted(ordered, [first, first + len(chosen)])
-            inside = order[begin:end]
-            targets = Targets(
-                torch.from_numpy(place[inside] - first), torch.from_numpy(self.plan.targets[inside].astype(np.int64))
-            )
-            share = len(chosen) / len(nodes) / len(self.lanes)
-            found, divergence = self._score_chunk(source, chosen, targets, share, progress)
-            for kept, new in zip(scores, found, strict=True):
-                kept.log_prob[inside], kept.greedy[inside], kept.top[inside] = new.log_prob, new.greedy, new.top
-            divergences += [] if divergence is None else [divergence]
+        parts = self._head_parts(len(nodes))
+        for part, tensors in zip(parts, self.ranks.share(parts, score), strict=True):
+            arrays, chosen = [tensor.numpy() for tensor in tensors], inside(part)
+            for number, kept in enumerate(scores):
+                kept.log_prob[chosen], kept.greedy[chosen], kept.top[chosen] = arrays[3 * number : 3 * number + 3]
+            divergences += [Divergence(*arrays[3 * len(scores) :])] if len(scores) == 2 else []
+        return self._answers(scores), self._measures(divergences, place)
+
+    def _head_parts(self, num_nodes: int) -> list[slice]:
+        """The nodes cut up so that every rank has as many, and holds the final states of one part at a time."""
+        most = head_chunk_rows(self.lanes)
+        rounds = max(1, -(-num_nodes // (most * self.ranks.size)))
+        return spans(num_nodes, ROWS, rounds * self.ranks.size)
+
+    def _answers(self, scores: Sequence[LaneScores]) -> dict[str, np.ndarray]:
         answers: dict[str, np.ndarray] = {}
         for lane, lane_scores in zip(self.lanes, scores, strict=True):
             summed = sum_answers(lane_scores.log_prob, lane_scores.greedy, self.plan.first_pair)
             answers |= {f"{lane.name}_log_likelihood": summed.log_likelihood, f"{lane.name}_greedy": summed.greedy}
             if self.keep_top:
                 answers[f"{lane.name}_top"] = lane_scores.top
-        return answers, self._measures(divergences, place)
+        return answers
 
     @torch.no_grad()
     def _score_chunk(

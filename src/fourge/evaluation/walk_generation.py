@@ -40,6 +40,7 @@ from fourge.evaluation.draft_models import (
 )
 from fourge.evaluation.draft_server import DraftServer
 from fourge.evaluation.drafting import Answer, Draft, answer_verified
+from fourge.evaluation.following import walk_together
 from fourge.evaluation.generation import GenerationReader, Question
 from fourge.evaluation.lanes import ScoringLane
 from fourge.evaluation.requests import GenerateRequest, Role, ScoreRequest
@@ -247,7 +248,7 @@ class _Verifier:
         with ScoringJob(folder, {"requests": digest}).open() as job:
             if job.result is None:
                 require_room((self.lane,), plan.packing, walk.hidden_layout.nbytes, folder, fresh=job.next_step == 0)
-                walk.run(job)
+                walk_together(walk, job)
             top = job.answers()[f"{self.lane.name}_top"].tolist()
         return [top[first:last] for first, last in zip(plan.first_pair[:-1], plan.first_pair[1:], strict=True)]
 

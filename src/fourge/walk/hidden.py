@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fourge.checkpoint.reader import byte_view
+from fourge.walk.ranks import Ranks
 
 _BLOCK_BYTES = 64 << 20
 
@@ -84,6 +85,18 @@ class HiddenFile:
         """Makes what was written durable; returns the checksum of the rows that were written here."""
         os.fsync(self._descriptor)
         return self._checksum
+
+
+def create_together(path: Path, layout: HiddenLayout, ranks: Ranks) -> HiddenFile:
+    """A new file that all `ranks` write their rows into; called by each of them."""
+    created = HiddenFile(path, layout, create=True) if ranks.first else None
+    ranks.wait()
+    return created or HiddenFile(path, layout, create=False, join=True)
+
+
+def finish_together(file: HiddenFile, ranks: Ranks) -> int:
+    """Returns, when every rank has forced its rows to disk, the checksum of all rows."""
+    return sum(ranks.gather(file.finish())) % (1 << 64)
 
 
 def checksum_bytes(data: memoryview) -> int:

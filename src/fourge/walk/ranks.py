@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fourge.errors import InputError, RankLostError, StoppedTogetherError
+from fourge.errors import InputError, RankLostError, TogetherError
 from fourge.launch import Launch, read_launch
 from fourge.settings import first_difference
 
@@ -146,19 +146,18 @@ class Ranks:
             raise error
         found = self.gather((None if error is None else str(error), value))
         for rank, (message, _) in enumerate(found):
-            if message is not None and not self.first:
-                raise StoppedTogetherError(message) from error
             if message is not None:
-                raise InputError(message if rank == 0 else f"rank {rank}: {message}") from error
+                raise TogetherError(message if rank == 0 else f"rank {rank}: {message}") from error
         return [value for _, value in found]
 
     def require_same(self, facts: Mapping[str, Any], mend: str) -> None:
         """InputError where a rank has other `facts` than rank 0, naming the first difference."""
-        for rank, theirs in enumerate(self.gather(dict(facts))):
-            key = first_difference(facts, theirs)
+        found = self.gather(dict(facts))
+        for rank, theirs in enumerate(found):
+            key = first_difference(found[0], theirs)
             if key is not None:
-                error = InputError if self.first else StoppedTogetherError
-                raise error(f"rank {rank} has {key} = {theirs.get(key)!r} and rank 0 {facts.get(key)!r}: {mend}")
+                ours = found[0].get(key)
+                raise TogetherError(f"rank {rank} has {key} = {theirs.get(key)!r} and rank 0 {ours!r}: {mend}")
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
@@ -173,7 +172,12 @@ class Ranks:
             ) from error
 
 
-ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+def alone(device: torch.device) -> Ranks:
+    """A process that shares with none."""
+    return Ranks(0, 1, 1, device)
+
+
+ALONE = alone(torch.device("cpu"))
 
 
 def join_ranks(device: str) -> Ranks:
@@ -183,7 +187,7 @@ def join_ranks(device: str) -> Ranks:
     """
     launch = read_launch()
     if launch.size == 1:
-        return Ranks(0, 1, 1, torch.device(device))
+        return alone(torch.device(device))
     own = torch.device(device)
     if own.type == "cuda":
         own = _own_gpu(own, launch)

@@ -8,7 +8,6 @@ hidden states it waits for the commit, so that there are never more than two fil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from fourge.checkpoint.writer import Copied, write_safetensors
 from fourge.progress import WalkProgress
 from fourge.settings import QuantizeSettings
 from fourge.walk.choices import Choices
-from fourge.walk.hidden import HiddenFile
+from fourge.walk.hidden import HiddenFile, create_together, finish_together
 from fourge.walk.job import Job, JobFolder, StepRecord, shard_name
 from fourge.walk.lanes import LayerWeights, read_layer
 from fourge.walk.layer_step import HiddenStates, LayerStep, StepOutput
@@ -89,27 +88,21 @@ class QuantizingWalk:
         self, step: int, folder: JobFolder, writing: OneBehind, progress: WalkProgress
     ) -> tuple[StepOutput, int | None]:
         last = step == self.layout.num_steps - 1
-        weights = {} if step == 0 or last else read_layer(self.walk, self.layout, step - 1, progress)
-        writing.wait()
-        self.walk.ranks.wait()  # now the hidden states that this step reads are in their place
+        ranks = self.walk.ranks
+        with ranks.as_one():
+            weights = {} if step == 0 or last else read_layer(self.walk, self.layout, step - 1, progress)
+            writing.wait()
+        # Now the hidden states that this step reads are in their place
         if last:
             with HiddenFile(folder.hidden_path(step), self.walk.hidden_layout, create=False) as source:
                 return self._head(source, progress), None
-        with self._new_states(folder.hidden_temporary) as target:
+        with create_together(folder.hidden_temporary, self.walk.hidden_layout, ranks) as target:
             if step == 0:
                 output = self._embedding(target, progress)
             else:
                 with HiddenFile(folder.hidden_path(step), self.walk.hidden_layout, create=False) as source:
                     output = self._layer(step - 1, weights, HiddenStates(source, target), progress)
-            # Every rank has forced its rows to disk before rank 0 goes on to rename the file.
-            return output, sum(self.walk.ranks.gather(target.finish())) % (1 << 64)
-
-    def _new_states(self, path: Path) -> HiddenFile:
-        """The file that all ranks write their rows into."""
-        ranks, layout = self.walk.ranks, self.walk.hidden_layout
-        created = HiddenFile(path, layout, create=True) if ranks.first else None
-        ranks.wait()
-        return created or HiddenFile(path, layout, create=False, join=True)
+            return output, finish_together(target, ranks)
 
     def _entries(self, step: int, output: StepOutput) -> dict[str, Tensor | Copied]:
         entries: dict[str, Tensor | Copied] = {}

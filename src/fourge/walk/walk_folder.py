@@ -27,7 +27,26 @@ from fourge.settings import first_difference
 from fourge.walk.hidden import HiddenLayout, checksum_file
 
 
-class WalkFolder:
+class WalkPaths:
+    """Where a walk keeps what; also for the ranks that take part in it and do not hold the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def hidden_temporary(self) -> Path:
+        return self.folder / "hidden.tmp"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def hidden_path(self, step: int) -> Path:
+        """Where the hidden states lie that step `step` reads."""
+        return self.folder / f"hidden-{step:05d}.bin"
+
+
+class WalkFolder(WalkPaths):
     """A folder held by this process, new or continued. `checksums` and `measures` have an entry a committed step."""
 
     user: ClassVar[str] = "another process"
@@ -36,7 +55,7 @@ class WalkFolder:
     """How to say that a walk was begun with another value of a fingerprint's key, where the values say nothing."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.fingerprint = dict(fingerprint)
         self.checksums: list[int] = []
         self.measures: list[Any] = []
@@ -100,18 +119,6 @@ class WalkFolder:
     @property
     def next_step(self) -> int:
         return len(self.checksums)
-
-    @property
-    def hidden_temporary(self) -> Path:
-        return self.folder / "hidden.tmp"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    def hidden_path(self, step: int) -> Path:
-        """Where the hidden states lie that step `step` reads."""
-        return self.folder / f"hidden-{step:05d}.bin"
 
     def check_hidden(self, layout: HiddenLayout) -> None:
         """Reads back the hidden states that come next; InputError where they are not what was committed."""
