@@ -92,7 +92,7 @@ class QuantizingWalk:
         with ranks.as_one():
             weights = {} if step == 0 or last else read_layer(self.walk, self.layout, step - 1, progress)
             writing.wait()
-        # Now the hidden states that this step reads are in their place
+        # Now the hidden states that this step reads are in their place.
         if last:
             with HiddenFile(folder.hidden_path(step), self.walk.hidden_layout, create=False) as source:
                 return self._head(source, progress), None

@@ -28,14 +28,15 @@ class GroupReader:
 
     def read(self, names: Iterable[str], progress: WalkProgress) -> list[Tensor]:
         """The source's tensors `names`, on the walk's device, good until the next call; InputError for NaN and Inf."""
-        tensors = []
-        for place, name in enumerate(names):
-            info = self.walk.source.tensors[name]
-            tensor = self.walk.source.read_into(name, self._block(place, info.nbytes))
-            require_finite(tensor, info)
-            progress.advance(0.0, read=info.nbytes)
-            tensors.append(tensor.to(self.walk.device))
-        return tensors
+        with self.walk.ranks.as_one():
+            return [self._read(place, name, progress) for place, name in enumerate(names)]
+
+    def _read(self, place: int, name: str, progress: WalkProgress) -> Tensor:
+        info = self.walk.source.tensors[name]
+        tensor = self.walk.source.read_into(name, self._block(place, info.nbytes))
+        require_finite(tensor, info)
+        progress.advance(0.0, read=info.nbytes)
+        return tensor.to(self.walk.device)
 
     def _block(self, place: int, nbytes: int) -> Tensor:
         if place == len(self._blocks):
