@@ -7,9 +7,9 @@ of rows.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from fourge.checkpoint.reader import byte_view
 from fourge.methods.base import RoundRows
 from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
@@ -49,16 +49,30 @@ def quantize_by_rows(
         return squared_sums(sources[piece.name][piece.rows], quantized), *vars(quantized).values()
 
     pieces = pieces_of(weights)
-    made: dict[str, list[Sequence[Tensor]]] = {name: [] for name in weights}
+    made: dict[str, QuantizedWeight | Fp8Weight] = {}
     errors = {name: RelativeError() for name in weights}
     for piece, (sums, *tensors) in zip(pieces, ranks.share(pieces, work), strict=True):
-        made[piece.name].append(tensors)
         errors[piece.name].add_sums(sums)
-    return {name: (_joined(parts), errors[name].value) for name, parts in made.items()}
+        if piece.name not in made:
+            made[piece.name] = _with_room(tensors, len(weights[piece.name]))
+        for whole, part in zip(vars(made[piece.name]).values(), tensors[:2], strict=False):
+            if whole is not part:
+                _copy(part, whole[piece.rows])
+    return {name: (made[name], errors[name].value) for name in weights}
 
 
-def _joined(parts: Sequence[Sequence[Tensor]]) -> QuantizedWeight | Fp8Weight:
-    """One weight of the tensors of its pieces: codes and scales by rows, and in NVFP4 the scale that all share."""
-    codes, scales, *shared = zip(*parts, strict=True)
-    values, scale = (tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in (codes, scales))
-    return QuantizedWeight(values, scale, shared[0][0]) if shared else Fp8Weight(values, scale)
+def _with_room(tensors: Sequence[Tensor], rows: int) -> QuantizedWeight | Fp8Weight:
+    """A weight for the pieces' codes and scales, `[rows, …]`, with the scale that all share in NVFP4; where the first
+    piece's `tensors` are all there is, of these."""
+    codes, scales, *shared = tensors
+    if len(codes) < rows:
+        codes, scales = (part.new_empty(rows, *part.shape[1:]) for part in (codes, scales))
+    return QuantizedWeight(codes, scales, shared[0]) if shared else Fp8Weight(codes, scales)
+
+
+def _copy(part: Tensor, place: Tensor) -> None:
+    """On a CPU in one thread: torch's would wait for each other after every piece."""
+    if part.device.type == "cpu":
+        byte_view(place)[:] = byte_view(part)
+    else:
+        place.copy_(part)
