@@ -9,7 +9,7 @@ MODELOPT := .venv-modelopt
 AUTOROUND := .venv-autoround
 VLLM := .venv-vllm
 
-.PHONY: setup setup-vllm demo test test-slow test-vllm lint bench-memory bench-quantize bench-encode bench-speed bench-evaluate bench-fidelity clean
+.PHONY: setup setup-vllm demo test test-slow test-vllm lint bench-memory bench-wide bench-quantize bench-encode bench-speed bench-evaluate bench-fidelity clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -68,6 +68,9 @@ lint: setup
 
 bench-memory: setup
 	$(BIN)/python benchmarks/memory.py
+
+bench-wide: setup
+	$(BIN)/python benchmarks/wide.py
 
 bench-quantize: setup $(PEER)/.ready
 	$(BIN)/python benchmarks/quantize.py --peer-python $(PEER)/bin/python
