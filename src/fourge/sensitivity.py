@@ -1,5 +1,6 @@
 """`fourge sensitivity`: which Linears four bits hurt most, on held-out text, and the mixture that a budget buys."""
 
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,6 +164,13 @@ def _write_table(
     write_json(run.output / TABLE, content)
 
 
+def _selection(settings: QuantizeSettings) -> str:
+    """The options that leave quantize the Linears that were ranked here; nothing where those are the default."""
+    chosen = [f"--targets {shlex.quote(target)}" for target in settings.targets if settings.targets != ("Linear",)]
+    chosen += [f"--ignore {shlex.quote(name)}" for name in settings.ignore if settings.ignore != ("lm_head",)]
+    return "".join(f" {option}" for option in chosen)
+
+
 def _write_mixture(
     run: "SensitivityRun", groups: "tuple[GroupDamage, ...]", target_bits: float, path: Path
 ) -> "Mixture":
@@ -173,7 +181,7 @@ def _write_mixture(
     mixture = describe_mixture(run.quantizing, chosen, target_bits, path)
     comment = (
         f"{mixture.bits:.4f} bits a weight, of {target_bits:g} asked for: picked by {TABLE}.\n"
-        "fourge quantize MODEL -o OUT --recipe-file THIS"
+        f"fourge quantize MODEL -o OUT --recipe-file THIS{_selection(run.quantizing.settings)}"
     )
     if not path.parent.is_dir():
         raise InputError(f"--recipe-file-out {path}: its folder is not there; make it, or name another")

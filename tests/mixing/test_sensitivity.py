@@ -256,6 +256,21 @@ def test_a_budget_that_leaves_nothing_in_fp4(one_sensitive: Path, found: fourge.
         fourge.sensitivity(str(one_sensitive), found.output, method="max", target_bits=15.9, **FEW)
 
 
+def test_what_is_left_out_is_no_candidate(one_sensitive: Path, tmp_path: Path) -> None:
+    """The recipe says with which options the other Linears stay left out, and then the bytes are those promised."""
+    left_out = ["lm_head", "re:.*mlp", SENSITIVE]
+    result = fourge.sensitivity(str(one_sensitive), tmp_path / "out", ignore=left_out, target_bits=6, **FEW)
+    assert [group.name for group in result.groups].count("self_attn.o_proj") == 1 and len(result.groups) == 3
+    assert result.mixture is not None and "FP8" in result.mixture.groups
+    recipe = result.mixture.recipe_file
+    assert f" --ignore lm_head --ignore 're:.*mlp' --ignore {SENSITIVE}\n" in recipe.read_text()
+    made = fourge.quantize(
+        str(one_sensitive), tmp_path / "made", recipe_file=recipe, ignore=left_out, method="max", max_seq_length=8,
+        calibration="random", num_calibration_samples=1, num_probe_samples=0, threads=1,
+    )  # fmt: skip
+    assert made.output_bytes == result.mixture.output_bytes
+
+
 def test_a_folder_of_something_else_is_refused(one_sensitive: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
