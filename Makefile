@@ -9,7 +9,7 @@ MODELOPT := .venv-modelopt
 AUTOROUND := .venv-autoround
 VLLM := .venv-vllm
 
-.PHONY: setup setup-vllm demo test test-slow test-vllm lint bench-memory bench-wide bench-quantize bench-encode bench-speed bench-evaluate bench-fidelity clean
+.PHONY: setup setup-vllm demo test test-slow test-vllm lint bench-memory bench-wide bench-quantize bench-encode bench-gpu bench-speed bench-evaluate bench-fidelity clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -77,6 +77,9 @@ bench-quantize: setup $(PEER)/.ready
 
 bench-encode: setup
 	$(BIN)/python benchmarks/encode.py
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 bench-speed: setup $(PEER)/.ready $(MODELOPT)/.ready $(AUTOROUND)/.ready
 	$(BIN)/python benchmarks/speed.py --calibrated --llmcompressor-python $(PEER)/bin/python \
