@@ -39,7 +39,7 @@ class Size:
 
 
 _ABOVE_CHANCE = ("hellaswag", "piqa", "sciq")
-QUICK = Size(10, validations=5, probes=6, length=64, tasks=_ABOVE_CHANCE, limit=40, new_tokens=12, threads=1)
+QUICK = Size(7, validations=2, probes=4, length=96, tasks=_ABOVE_CHANCE, limit=32, new_tokens=12, threads=1)
 FULL = Size(32, validations=8, probes=32, length=256, tasks=None, limit=None, new_tokens=48, threads=0)
 
 
