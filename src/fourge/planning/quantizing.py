@@ -1,6 +1,7 @@
 """What the quantization itself takes: disk, memory, bytes moved, arithmetic, and from measured rates the time.
 
-The walk does one thing after the other (read, compute, smooth, quantize, write), so the times add up.
+Threads read ahead of the walk and write behind it. Without data all three go on at once, and the longest counts. With
+data a layer is computed once the shard before is written, so reading and writing hide behind each other alone.
 """
 
 import shutil
@@ -37,7 +38,7 @@ class Resource:
 
 @dataclass(frozen=True)
 class Seconds:
-    """A run's time by what it does, estimated from measured rates."""
+    """A run's time by what it does, estimated from measured rates; some goes on at once: `total` is less than the sum."""
 
     reading: float
     computing: float
@@ -103,7 +104,7 @@ def estimate_quantizing(
         device_memory=Resource(needs.memory, torch.cuda.mem_get_info(device)[0]) if on_gpu else None,
         work=work,
         rates=rates,
-        seconds=None if rates is None else _estimate_seconds(work, rates),
+        seconds=None if rates is None else _estimate_seconds(work, rates, has_data=tokens.rows > 0),
     )
 
 
@@ -129,12 +130,13 @@ def _largest_shard(facts: ModelFacts, source: SourceLayout) -> Path | None:
     return max({info.path for info in source.checkpoint.tensors.values()}, key=lambda path: path.stat().st_size)
 
 
-def _estimate_seconds(work: Work, rates: Rates) -> Seconds:
+def _estimate_seconds(work: Work, rates: Rates, *, has_data: bool) -> Seconds:
     reading, writing = work.bytes_read / rates.disk_read, work.bytes_written / rates.disk_write
     computing = work.flop_bf16_lane / rates.linear_bf16 + work.flop_nvfp4_lane / rates.linear_nvfp4
     if rates.curvature is not None:
         computing += work.flop_curvature / rates.curvature
     smoothing = 0.0 if rates.smooth is None else work.smoothed_bytes / rates.smooth
     quantizing = work.rounded_bytes / rates.quantize
-    total = reading + computing + smoothing + quantizing + writing
+    working = computing + smoothing + quantizing
+    total = working + max(reading, writing) if has_data else max(reading, working, writing)
     return Seconds(reading, computing, smoothing, quantizing, writing, total)

@@ -175,7 +175,7 @@ def _time_lines(cost: "QuantizingCost") -> list[str]:
     parts = ", ".join(f"{_days(time)} {what}" for what, time in spent.items() if time)
     return [
         f"  measured       {', '.join(measured)} (in {format_seconds(rates.seconds)})",
-        f"  time, about    {_days(seconds.total)}: {parts}",
+        f"  time, about    {_days(seconds.total)}: {parts}; some of it at once",
     ]
 
 
