@@ -38,7 +38,7 @@ class Resource:
 
 @dataclass(frozen=True)
 class Seconds:
-    """A run's time by what it does, estimated from measured rates; some goes on at once: `total` is less than the sum."""
+    """A run's time by what it does, estimated from measured rates; some goes on at once, so `total` is not the sum."""
 
     reading: float
     computing: float
