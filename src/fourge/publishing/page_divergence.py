@@ -9,6 +9,8 @@ from fourge.publishing.page_markup import Markup, table
 from fourge.publishing.page_section import Section, folded, missing, note
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 1100, 12, 170
+_MOST_EDGES = 12
+"""Under the figure; of more, every other is named."""
 _LARGE = 1.0
 """Nats: the other model gives what this one expects about a third of the probability."""
 
@@ -65,8 +67,10 @@ def _figure(bins: list[tuple[float, float, int]], total: int) -> Markup:
         )
         for number, ((low, high, _), share) in enumerate(zip(bins, shares, strict=True))
     ]
+    step = 1 if len(bins) <= _MOST_EDGES else 2
     edges = [
-        text(_LEFT + at * width, _BOTTOM + 16, power(low), "middle", "tick") for at, (low, _, _) in enumerate(bins)
+        text(_LEFT + number * width, _BOTTOM + 16, power(bins[number][0]), "middle", "tick")
+        for number in range(0, len(bins), step)
     ]
     axis = y_axis(y, _LEFT, _RIGHT, lambda share: f"{100 * share:.0f} %")
     return svg(WIDTH, _BOTTOM + 26, "Shares of tokens by their KL", axis, marks, edges)
