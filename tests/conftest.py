@@ -95,15 +95,20 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
-def needs_backend(name: str) -> None:
-    """Skips the test where a backend does not compute on a CPU here; Triton does in its interpreter alone."""
-    pytest.importorskip(name)
-    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton computes on the GPU here: TRITON_INTERPRET=1 tests it on the CPU, `-m gpu` where it is")
+@pytest.fixture(scope="session")
+def needs_backend() -> Callable[[str], None]:
+    """Skips a test where a backend does not compute on a CPU here; Triton does in its interpreter alone."""
+
+    def needs(name: str) -> None:
+        pytest.importorskip(name)
+        if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("Triton computes on the GPU here: TRITON_INTERPRET=1 tests it on the CPU, `-m gpu` where it is")
+
+    return needs
 
 
 @pytest.fixture(scope="module", params=["torch", "numba", "triton"])
-def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def every_backend(request: pytest.FixtureRequest, needs_backend: Callable[[str], None]) -> Iterator[str]:
     """Runs a module's tests once with each backend that computes on a CPU."""
     needs_backend(request.param)
     with using(request.param):

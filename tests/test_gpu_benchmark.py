@@ -2,12 +2,12 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import needs_backend
 from fourge.nvfp4.quantize import QuantizedWeight
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -15,7 +15,9 @@ import gpu
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, as Triton's interpreter
-def test_interpreted_it_runs_to_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interpreted_it_runs_to_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], needs_backend: Callable[[str], None]
+) -> None:
     needs_backend("triton")
     gpu.main(["--interpret", "--json", str(tmp_path / "figures.json")])
     printed = capsys.readouterr().out
@@ -32,7 +34,7 @@ def test_interpreted_it_runs_to_its_table(tmp_path: Path, capsys: pytest.Capture
     assert printed.splitlines()[-1].startswith("| a layer's Linears: forward ")
 
 
-def test_bits_that_differ_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_that_differ_end_it(monkeypatch: pytest.MonkeyPatch, needs_backend: Callable[[str], None]) -> None:
     needs_backend("triton")
     made: list[torch.Tensor] = []
 

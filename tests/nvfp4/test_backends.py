@@ -4,13 +4,13 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import needs_backend
 from fourge.methods.hessian import Curvature, by_activity, factorize
 from fourge.methods.replay import replay
 from fourge.methods.scale_search import search_scales
@@ -26,6 +26,7 @@ from fourge.nvfp4.quantize import (
     squared_errors,
 )
 
+NeedsBackend = Callable[[str], None]
 PAIRS = list(itertools.combinations(["torch", "numba", "triton"], 2))
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
@@ -85,7 +86,7 @@ def computed(name: str, dtype: torch.dtype, backend_name: str, device: str = "cp
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", weights())
-def test_backends_agree(name: str, dtype: torch.dtype, pair: tuple[str, str]) -> None:
+def test_backends_agree(name: str, dtype: torch.dtype, pair: tuple[str, str], needs_backend: NeedsBackend) -> None:
     for needed in pair:
         needs_backend(needed)
     one, other = (computed(name, dtype, backend_name) for backend_name in pair)
@@ -104,7 +105,9 @@ def test_gpu_gives_the_bits_of_the_cpu(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("exponent", [-120, -30, 4, 20, 40, 110])
-def test_backends_agree_at_the_ends_of_the_range(exponent: int, dtype: torch.dtype, pair: tuple[str, str]) -> None:
+def test_backends_agree_at_the_ends_of_the_range(
+    exponent: int, dtype: torch.dtype, pair: tuple[str, str], needs_backend: NeedsBackend
+) -> None:
     """Where quotients underflow, remainders do, or nothing does: Triton divides in two ways."""
     for needed in pair:
         needs_backend(needed)
@@ -147,7 +150,7 @@ def replayed(exponent: int, backend_name: str, device: str = "cpu") -> list[byte
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, as Triton's interpreter
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 @pytest.mark.parametrize("exponent", [-5, 12])
-def test_replay_takes_the_same_turns(exponent: int, pair: tuple[str, str]) -> None:
+def test_replay_takes_the_same_turns(exponent: int, pair: tuple[str, str], needs_backend: NeedsBackend) -> None:
     for needed in pair:
         needs_backend(needed)
     assert replayed(exponent, pair[0]) == replayed(exponent, pair[1])
@@ -169,7 +172,7 @@ def test_not_a_number_spoils_its_group_alone(dtype: torch.dtype, every_backend: 
 
 
 @pytest.mark.parametrize("name", ["torch", "numba"])
-def test_threads_change_nothing(name: str) -> None:
+def test_threads_change_nothing(name: str, needs_backend: NeedsBackend) -> None:
     needs_backend(name)
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(300, 4096, generator=generator).bfloat16()
