@@ -96,6 +96,11 @@ def test_tokens_are_counted_by_their_divergence(job: Path, read: _Reader) -> Non
     assert low <= fidelity["kl_div"]["mean"] * fidelity["kl_div"]["tokens"] <= high
 
 
+def test_every_figure_names_its_file_and_what_writes_that(read: _Reader) -> None:
+    assert "From fourge.json (KL, top-1 agreement, perplexity), the files of weights as they lie there" in read.text
+    assert "are written by fourge quantize with the settings above; evaluation.json and the samples by" in read.text
+
+
 def test_an_axis_of_powers_is_read_without_exponents(job: Path) -> None:
     assert [power(value) for value in (0.0, 2.0**-10, 0.5, 4.0, float("inf"))] == ["0", "1/1,024", "1/2", "4", "∞"]
     figure = (job / "fourge.html").read_text().partition('id="divergence"')[2].partition("</svg>")[0]

@@ -26,7 +26,18 @@ def overview(evidence: Evidence, title: str) -> Markup:
         tag("h1", title),
         tag("p", " · ".join(_facts(evidence)), class_="facts"),
         tag("dl", tiles, class_="tiles") if tiles else None,
+        tag("p", "From ", ", ".join(_sources(evidence)), class_="source") if tiles else None,
     )
+
+
+def _sources(evidence: Evidence) -> list[str]:
+    """The files that the tiles are from, in their order."""
+    found = {
+        f"{evidence.record} (KL, top-1 agreement, perplexity)": evidence.fidelity,
+        "the files of weights as they lie there": evidence.weights,
+        "their headers (parameters)": evidence.plan,
+    }
+    return [source for source, there in found.items() if there is not None]
 
 
 def _facts(evidence: Evidence) -> list[str]:
@@ -100,7 +111,10 @@ def record_section(evidence: Evidence, made_with: str) -> Section:
         folded(f"Events ({len(listed)})", table(("step", "event"), listed, class_="words")) if listed else None,
         note(
             "± is one standard error, clustered by sequence or question; intervals are 95 %. Everything on this page "
-            "is from files of the checkpoint's directory; the page loads nothing. Made with: ",
+            "is from files of the checkpoint's directory; the page loads nothing. fourge.json, .fourge/job.json, "
+            "metrics.jsonl and the shards are written by ",
+            tag("code", "fourge quantize"),
+            " with the settings above; evaluation.json and the samples by the commands in Recovery. Made with: ",
             tag("code", made_with),
         ),
     )
