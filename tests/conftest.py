@@ -125,7 +125,7 @@ def shared() -> Path:
 
 NOT_RUN: dict[str, int] = {}
 WHY_NOT_RUN = {
-    "slow": "needs an environment with llm-compressor or Model-Optimizer; `make test-slow` builds them",
+    "slow": "takes minutes, or an environment with llm-compressor or Model-Optimizer: `make test-slow` builds them",
     "gpu": "needs a CUDA device; `pytest -m gpu` there",
     "vllm": "needs an environment with vLLM: `make test-vllm` builds one",
     "shared": "needs the folder shared/ beside the checkout",

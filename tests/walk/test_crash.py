@@ -31,11 +31,13 @@ def whole(
     return output, answer
 
 
-def test_killed_before_every_operation_of_every_commit(
-    zygote: Zygote, whole: tuple[Path, dict[str, Any]], pico: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_the_operations_of_every_commit(
+    stride: int, zygote: Zygote, whole: tuple[Path, dict[str, Any]], pico: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """Every third operation by default, which is each kind of them in one commit or another; all of them as `slow`."""
     reference, answer = whole
-    for point in range(1, answer["operations"] + 1):
+    for point in range(1, answer["operations"] + 1, stride):
         output = tmp_path / f"killed-{point}"
         assert zygote.quantize(pico(), output, kill_before=point)["killed_by"] == signal.SIGKILL
         before = committed_steps(output)
