@@ -83,9 +83,16 @@ def computed(name: str, dtype: torch.dtype, backend_name: str, device: str = "cp
         return everything(*(x.to(device) for x in (weight, divisor, importance)))
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", weights())
+# FP16 goes through torch but for the search, and Triton's interpreter takes its time.
+INTERPRETED_IN_FP16 = ["one group", "sparse"]
+CASES = [
+    (name, dtype, pair)
+    for name, dtype, pair in itertools.product(weights(), DTYPES, PAIRS)
+    if dtype != torch.float16 or "triton" not in pair or name in INTERPRETED_IN_FP16
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "pair"), CASES, ids=str)
 def test_backends_agree(name: str, dtype: torch.dtype, pair: tuple[str, str], needs_backend: NeedsBackend) -> None:
     for needed in pair:
         needs_backend(needed)
