@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -74,7 +73,7 @@ def _command(
                 print(f"fourge: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            command = shlex.join(["fourge", *sys.argv[1:]])
             if launch.rank == 0:
                 print(f"\nfourge: stopped; {stopped} with: {command}", file=sys.stderr)
             raise typer.Exit(2) from None

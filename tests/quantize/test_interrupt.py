@@ -40,7 +40,7 @@ def test_a_stopped_run_says_how_to_go_on(signum: signal.Signals, pico: Callable[
     assert process.returncode == 2
     assert 2 <= before < LAYERS + 2, "it ended before it could be stopped"
     last = stderr.splitlines()[-1]
-    assert last.startswith("fourge: stopped") and "continue with" in last and str(output) in last
+    assert last.startswith("fourge: stopped") and "continue with: fourge quantize" in last and str(output) in last
     assert "Traceback" not in stderr
     assert not list(output.rglob("*.tmp"))
     again = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
