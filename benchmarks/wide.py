@@ -199,9 +199,14 @@ def quantize_here(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run at one depth: seconds of the process and of its layers' steps, and the report of `quantize_here`."""
+    """One run at one depth: seconds of the process and of its layers' steps, and the report of `quantize_here`.
+
+    `copying`: bytes a second of `cp` just before.
+    """
 
     layers: int
+    source_bytes: int
+    copying: float
     seconds: float
     step_seconds: list[float]
     report: dict[str, Any]
@@ -211,6 +216,8 @@ def quantize(model: Path, layers: int, options: list[str], threads: int, drop: b
     """Quantizes `model`; what was written is deleted."""
     output = BUILD / "out"
     shutil.rmtree(output, ignore_errors=True)
+    source_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    copying = copy_rate(model)
     if drop:
         drop_from_cache(model)
     command = [sys.executable, __file__, "--child", "quantize", str(model), "-o", str(output), *options]
@@ -221,7 +228,7 @@ def quantize(model: Path, layers: int, options: list[str], threads: int, drop: b
     log = [json.loads(line) for line in (output / ".fourge" / "metrics.jsonl").read_text().splitlines()]
     steps = [entry["seconds"] for entry in log if entry["name"].startswith("layer ")]
     shutil.rmtree(output)
-    return Measured(layers, seconds, steps, json.loads(done.stdout.splitlines()[-1]))
+    return Measured(layers, source_bytes, copying, seconds, steps, json.loads(done.stdout.splitlines()[-1]))
 
 
 def drop_from_cache(directory: Path) -> None:
@@ -248,34 +255,33 @@ def copy_rate(model: Path) -> float:
 # What it says
 
 
-def show(name: str, runs: list[Measured], sizes: dict[int, int], layer_bytes: int, copying: float) -> None:
-    """The runs of one kind, by depth, and the extrapolation from them."""
-    print(f"\n{name}")
-    for run in runs:
-        report, rate = run.report, sizes[run.layers] / run.seconds
-        said = [
-            f"{run.layers} layers: {run.seconds:.0f} s, {report['cpu']:.0f} CPU s",
-            f"peak {report['peak'] / 1e9:.2f} GB",
-            f"read {report['read'] / 1e9:.1f} GB, of them {report['read_from_disk'] / 1e9:.1f} from the disk",
-            f"written {report['written'] / 1e9:.1f} GB",
-            f"{rate / 1e6:.0f} MB/s of source, {rate / copying:.2f} of cp",
-        ]
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in sorted(report["stages"].items()))
-        print(f"  {'; '.join(said)}")
-        print(f"    seconds by stage, all layers: {stages}")
-        print(f"    seconds a layer's step: {', '.join(f'{seconds:.1f}' for seconds in run.step_seconds)}")
+def describe(run: Measured) -> str:
+    """A run in three lines, its rate beside that of `cp` just before it."""
+    report, rate = run.report, run.source_bytes / run.seconds
+    said = [
+        f"{run.layers} layers: {run.seconds:.0f} s, {report['cpu']:.0f} CPU s",
+        f"peak {report['peak'] / 1e9:.2f} GB",
+        f"read {report['read'] / 1e9:.1f} GB, of them {report['read_from_disk'] / 1e9:.1f} from the disk",
+        f"written {report['written'] / 1e9:.1f} GB",
+        f"{rate / 1e6:.0f} MB/s of source, {rate / run.copying:.2f} of cp's {run.copying / 1e6:.0f}",
+    ]
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in sorted(report["stages"].items()))
+    steps = ", ".join(f"{seconds:.1f}" for seconds in run.step_seconds)
+    return f"  {'; '.join(said)}\n    seconds by stage, all layers: {stages}\n    seconds a layer's step: {steps}"
+
+
+def extrapolate(runs: list[Measured], layer_bytes: int) -> str:
+    """What 126 layers would take, from the runs of one kind at several depths, the deepest last."""
     deepest = runs[-1]
+    more = LAYERS_OF_405B - deepest.layers
     layer = statistics.median(seconds for run in runs for seconds in run.step_seconds)
-    total = deepest.seconds + (LAYERS_OF_405B - deepest.layers) * layer
-    source = sizes[deepest.layers] + (LAYERS_OF_405B - deepest.layers) * layer_bytes
-    print(
-        f"  {LAYERS_OF_405B} layers, {layer:.1f} s each: {total / 3600:.2f} h, {source / total / 1e6:.0f} MB/s", end=""
-    )
+    total = deepest.seconds + more * layer
+    rate = (deepest.source_bytes + more * layer_bytes) / total
+    text = f"{LAYERS_OF_405B} layers, {layer:.1f} s each: {total / 3600:.2f} h, {rate / 1e6:.0f} MB/s"
     if len(runs) > 1:
-        shallow = runs[0]
-        cpu = (deepest.report["cpu"] - shallow.report["cpu"]) / (deepest.layers - shallow.layers)
-        print(f"; {cpu:.0f} CPU s each, {cpu * LAYERS_OF_405B / 3600:.2f} h of one core", end="")
-    print()
+        cpu = (deepest.report["cpu"] - runs[0].report["cpu"]) / (deepest.layers - runs[0].layers)
+        text += f"; {cpu:.0f} CPU s each, {cpu * LAYERS_OF_405B / 3600:.2f} h of one core"
+    return text
 
 
 def main() -> None:
@@ -294,29 +300,20 @@ def main() -> None:
     vocab, heads = 128256 // options.shrink, 128 // options.shrink
     model = BUILD / "model"
     measured: dict[str, list[Measured]] = defaultdict(list)
-    sizes: dict[int, int] = {}
-    rates = []
     for layers in options.layers:
         began = time.monotonic()
         write_wide(model, llama_config(hidden, intermediate, layers, heads, min(8, heads), vocab))
-        sizes[layers] = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        print(f"{layers} layers: {sizes[layers] / 1e9:.1f} GB written, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{layers} layers written in {time.monotonic() - began:.0f} s", flush=True)
         for name in options.runs:
-            rates.append(copy_rate(model))
             measured[name].append(quantize(model, layers, RUNS[name], options.threads, not options.warm))
-            print(f"  {name}: {measured[name][-1].seconds:.0f} s; cp {rates[-1] / 1e6:.0f} MB/s", flush=True)
+            print(f"{name}\n{describe(measured[name][-1])}", flush=True)
     layer_bytes = (model / layer_file(0)).stat().st_size
-    copying = statistics.median(rates)
     shutil.rmtree(BUILD)
-    print(
-        f"\n{options.threads} threads; a layer {layer_bytes / 1e9:.2f} GB; cp and sync of it, from a cold cache, ",
-        end="",
-    )
-    print(f"{copying / 1e6:.0f} MB/s (median of {len(rates)}: {min(rates) / 1e6:.0f} to {max(rates) / 1e6:.0f})")
+    print(f"\n{options.threads} threads; a layer has {layer_bytes / 1e9:.2f} GB")
     for name, runs in measured.items():
-        show(name, runs, sizes, layer_bytes, copying)
+        print(f"{name}: {extrapolate(runs, layer_bytes)}")
     print(
-        f"\nAssumed for {LAYERS_OF_405B} layers: each takes the median of these, on a machine as busy, with a disk as "
+        f"Assumed for {LAYERS_OF_405B} layers: each takes the median of these, on a machine as busy, with a disk as "
         "fast and tokens as few (time in the lanes grows with them); the peak does not grow with depth."
     )
     peak = max(run.report["peak"] for runs in measured.values() for run in runs)

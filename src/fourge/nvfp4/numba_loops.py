@@ -1,7 +1,9 @@
 """The fused loops on CPU tensors: hands their memory to numba's kernels, rows split over torch's number of threads."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +17,7 @@ from fourge.nvfp4.magnitude import from_bits, largest_bits
 from fourge.nvfp4.quantize import GROUP_SIZE
 
 _FEWEST_VALUES = 1 << 18
-"""A thread is started for no fewer: it costs as much as working through 50 k."""
+"""A helper is called for no fewer."""
 
 _WIDENED_VALUES = 1 << 18  # in FP32 they stay in the cache
 
@@ -123,13 +125,29 @@ def _number(x: Tensor) -> np.float32:
 
 
 def _by_rows(kernel: Callable[..., None], rows: int, columns: int, *arguments: Any) -> None:
-    """Runs a kernel over all rows. Threads live for one call: a pool kept would be missing in a forked process."""
+    """Runs a kernel over all rows, a part at a time, in this thread and as many helpers as there is work for."""
     threads = min(torch.get_num_threads(), rows, rows * columns // _FEWEST_VALUES)
     if threads < 2:
         kernel(*arguments, 0, rows)
         return
     bounds = np.linspace(0, rows, _PARTS_PER_THREAD * threads + 1, dtype=int).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(kernel, *arguments, first, last) for first, last in pairwise(bounds)]
-        for part in parts:
-            part.result()
+    left = iter(list(pairwise(bounds)))
+
+    def work() -> None:
+        for first, last in left:  # shared: the GIL hands every part to one of them
+            kernel(*arguments, first, last)
+
+    helpers = [_helpers().submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():  # one that has not begun by now is not waited for
+            helper.result()
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads that wait for work: to start some for every call takes longer than most calls."""
+    return ThreadPoolExecutor(os.cpu_count(), "fused loops")
+
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked process has no threads but the one that forked
