@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -338,6 +341,28 @@ def test_no_shots_need_no_data_to_draw_them_from(bench: Bench, tmp_path: Path) -
     assert len(logged(tmp_path / "results" / "baseline", "hellaswag")) == 8
     with pytest.raises(InputError, match="task hellaswag also reads train"):
         fourge.evaluate(output=tmp_path / "results", num_fewshot=1, **options)
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_evaluation(bench: Bench, tmp_path: Path) -> None:
+    """Log-likelihoods and generated answers by two ranks: one voice, and all that one process found."""
+    arguments = ["-m", "fourge", "evaluate", str(bench.quantized), "--baseline", str(bench.model), "--engine=walk"]
+    arguments += ["--tasks=arc_challenge,gsm8k", "--num-fewshot=2", "--limit=4", f"--gen-kwargs={SHORT}"]
+    arguments += [f"--task-data={bench.data}", "--device=cpu", "--threads=1", "--micro-batch-tokens=128", "--json"]
+    found = []
+    for name, launcher in (("alone", []), ("together", ["-m", "torch.distributed.run", "--nproc-per-node=2"])):
+        command = [sys.executable, *launcher, *arguments, "--output", tmp_path / name]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert done.stderr.count("Shared beginnings:") == 1
+        assert done.stderr.count("| layer 1 ") == done.stderr.count("layer 1 ")
+        found.append(json.loads(done.stdout)["evaluations"][0])
+    for evaluation in found:
+        for differs in ("command", "created", "cost"):
+            del evaluation[differs]
+    assert found[0] == found[1]
+    hidden = list((tmp_path / "together").rglob("hidden*"))
+    assert not hidden
 
 
 def test_list_data(bench: Bench, tmp_path: Path) -> None:
