@@ -67,7 +67,7 @@ def test_rows_in_chunks_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     scales, divisor = max_scales(weight)
     curvature = curvature_of(x.double(), by_activity)
     whole = replay(weight, scales, divisor, curvature)
-    monkeypatch.setitem(sweep._VALUES_PER_CHUNK, "cpu", 5 * 64)
+    monkeypatch.setitem(sweep.VALUES_PER_CHUNK, "cpu", 5 * 64)
     assert same_bytes(replay(weight, scales, divisor, curvature), whole)
 
 

@@ -13,7 +13,7 @@ from fourge.methods.hessian import Curvature
 from fourge.nvfp4 import e2m1, e4m3
 from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
 
-_VALUES_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
+VALUES_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
 """Rows are independent; all at once, a wide weight would be held several times over. On a GPU a turn is a launch."""
 
 
@@ -23,7 +23,7 @@ def chunks_in_walk_order(weight: Tensor, scales: Tensor, curvature: Curvature) -
     They come in the dtype and on the device of `curvature`.
     """
     columns, groups = curvature.order, _group_order(curvature)
-    rows = max(1, _VALUES_PER_CHUNK[curvature.cost.device.type] // weight.shape[1])
+    rows = max(1, VALUES_PER_CHUNK[curvature.cost.device.type] // weight.shape[1])
     for weight_nk, scales_ng in zip(torch.split(weight, rows), torch.split(scales, rows), strict=True):
         yield (
             weight_nk.to(curvature.cost)[:, columns].T.contiguous(),

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fourge.checkpoint.reader import byte_view
 from fourge.methods.base import RoundRows
+from fourge.methods.sweep import VALUES_PER_CHUNK
 from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.walk.ranks import Ranks
 from fourge.walk.weight_error import RelativeError, squared_sums
 
-_VALUES = 1 << 25
 _ROWS_ON_CPU = 1024  # fewer cost time, more leave nothing to share; on a GPU a piece is many thousand kernel launches
 
 
@@ -32,7 +32,7 @@ def pieces_of(weights: Mapping[str, Tensor]) -> list[Piece]:
     """All rows of `weights`, name → `[N, K]`."""
     found = []
     for name, weight in weights.items():
-        step = max(1, _VALUES // weight.shape[1])
+        step = max(1, VALUES_PER_CHUNK[weight.device.type] // weight.shape[1])
         if weight.device.type == "cpu":
             step = min(step, _ROWS_ON_CPU)
         found += [Piece(name, slice(start, start + step)) for start in range(0, len(weight), step)]
