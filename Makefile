@@ -69,6 +69,9 @@ lint: setup
 bench-memory: setup
 	$(BIN)/python benchmarks/memory.py
 
+bench-ranks: setup
+	$(BIN)/python benchmarks/ranks.py --ranks 1 2 3
+
 bench-wide: setup
 	$(BIN)/python benchmarks/wide.py
 

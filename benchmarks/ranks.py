@@ -1,15 +1,17 @@
 """How the work of one quantization divides among ranks, on this machine, and a model of it beyond.
 
 A synthetic Llama is quantized by the default recipe with 1, 2, … ranks of one thread each, and by one process with as
-many threads. Ranks are compared by CPU seconds: what the busiest rank computed, start-up taken off, is what the job
-would take where every rank has cores of its own and sending is free. Seconds on the clock stand beside it; with fewer
-free cores than ranks, or with other work on them, they say little. Exits with 1 where outputs differ.
+many threads. Compared are rank 0's CPU seconds over all steps, from `metrics.jsonl`: it does its share and all that is
+not shared, so that is what the job takes where every rank has a core of its own and sending costs no waiting. Seconds
+on the clock, of whole processes, stand beside it; with fewer free cores than ranks, or with other work on them, they
+say little. Exits with 1 where outputs differ.
 
-The model: `alone + shared / ranks`, fitted to the busiest rank's seconds.
+The model: `alone + shared / ranks`, fitted to rank 0's seconds.
 """
 
 import argparse
 import filecmp
+import json
 import os
 import shutil
 import socket
@@ -29,15 +31,15 @@ BEYOND = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Run:
-    """One job: CPU seconds of its busiest rank and of all of them, start-up included, and seconds on the clock."""
+    """One job: rank 0's CPU seconds in the walk, and seconds on the clock from start to end."""
 
-    busiest: float
-    total: float
+    cpu: float
     clock: float
 
 
 def run(options: list[str], output: Path, ranks: int, threads: int) -> Run:
     """Starts the ranks as torchrun does, and waits for them."""
+    shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "fourge", "quantize", str(BUILD / "model"), "-o", str(output), *options]
     command += ["--threads", str(threads)]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -49,12 +51,10 @@ def run(options: list[str], output: Path, ranks: int, threads: int) -> Run:
         environment = {name: str(value) for name, value in launch.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads)}
         started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL))
-    spent = []
-    for process in started:
-        _, status, usage = os.wait4(process.pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0, "a rank failed"
-        spent.append(usage.ru_utime + usage.ru_stime)
-    return Run(max(spent), sum(spent), time.monotonic() - began)
+    assert all(process.wait() == 0 for process in started), "a rank failed"
+    clock = time.monotonic() - began
+    lines = (output / ".fourge" / "metrics.jsonl").read_text().splitlines()
+    return Run(sum(json.loads(line)["cpu_seconds"] for line in lines), clock)
 
 
 def same_files(one: Path, two: Path) -> bool:
@@ -85,33 +85,21 @@ def main() -> None:
     options += ["--num-calibration-samples", str(chosen.sequences), "--num-probe-samples", "4"]
     options += ["--max-seq-length", str(chosen.length)]
 
-    runs = {}
-    for ranks in chosen.ranks:
-        shutil.rmtree(BUILD / f"{ranks}", ignore_errors=True)
-        runs[ranks] = run(options, BUILD / f"{ranks}", ranks, 1)
-    first = chosen.ranks[0]
-    start_up = run(options, BUILD / f"{first}", 1, 1).busiest  # finished already: imports and headers alone
-    busiest = {ranks: found.busiest - start_up for ranks, found in runs.items()}
-    print(f"{'ranks':>5} {'busiest, CPU s':>15} {'all, CPU s':>11} {'clock s':>8} {'divides by':>11}")
+    runs = {ranks: run(options, BUILD / f"{ranks}", ranks, 1) for ranks in chosen.ranks}
+    first, most = min(runs), max(runs)
+    print(f"{'ranks':>5} {'rank 0, CPU s':>14} {'divides by':>11} {'clock s':>8}")
     for ranks, found in runs.items():
-        total = found.total - ranks * start_up
-        ratio = busiest[first] / busiest[ranks]
-        print(f"{ranks:>5} {busiest[ranks]:>15.1f} {total:>11.1f} {found.clock:>8.1f} {ratio:>11.2f}")
-    threads = max(chosen.ranks)
-    shutil.rmtree(BUILD / "threads", ignore_errors=True)
-    threaded = run(options, BUILD / "threads", 1, threads)
-    print(
-        f"one process of {threads} threads: {threaded.total - start_up:.1f} CPU s, {threaded.clock:.1f} s on the clock"
-    )
+        print(f"{ranks:>5} {found.cpu:>14.1f} {runs[first].cpu / found.cpu:>11.2f} {found.clock:>8.1f}")
+    threaded = run(options, BUILD / "threads", 1, most)
+    print(f"one process of {most} threads: {threaded.cpu:.1f} CPU s, {threaded.clock:.1f} s on the clock")
 
-    counts = np.array(list(busiest), dtype=float)
-    alone, shared = np.linalg.lstsq(
-        np.stack([np.ones_like(counts), 1 / counts], 1), np.array(list(busiest.values())), rcond=None
-    )[0]
-    print(f"model: {alone:.1f} s that every rank spends + {shared:.1f} s / ranks")
+    counts = np.array(list(runs), dtype=float)
+    terms = np.stack([np.ones_like(counts), 1 / counts], 1)
+    alone, shared = np.linalg.lstsq(terms, np.array([found.cpu for found in runs.values()]), rcond=None)[0]
+    print(f"model: {alone:.1f} s that every rank spends + {shared:.1f} s / ranks; so by")
     print("       " + ", ".join(f"{ranks}: {(alone + shared) / (alone + shared / ranks):.1f}" for ranks in BEYOND))
     tokens = chosen.sequences * chosen.length
-    here = received(chosen.hidden, chosen.intermediate, tokens, 4, max(chosen.ranks))
+    here = received(chosen.hidden, chosen.intermediate, tokens, 4, most)
     there = received(16384, 53248, 512 * 2048, 2, 8)
     print(f"received a layer and rank: {here / 1e6:.1f} MB here; {there / 1e9:.0f} GB for Hermes-4-405B in BF16 on 8")
     same = all(same_files(BUILD / f"{first}", BUILD / f"{ranks}") for ranks in chosen.ranks)
