@@ -6,20 +6,18 @@
 #   GPUS=8 runs/hermes4_405b.sh      the same bytes, the work shared by eight GPUs (docs/ranks.md)
 #
 # Nothing of this has run on a GPU yet, and nothing of this size anywhere. Bytes are exact, computed from the model's
-# config. Of times this much is known (docs/LOG.md, 2026-11-26, "What Hermes-4-405B takes"):
+# config; times are what follows from them (docs/LOG.md, 2026-11-26, "What Hermes-4-405B takes"):
 #
-#   step       bytes                                                arithmetic    time
-#   fetch      811.7 GB read from the hub and written               none          the network's
-#   plan       a config.json, 10 s of measuring                     none          half a minute; then it says the next step's
-#   quantize   55.2 TB read and 19.9 TB written, most of it hidden  3,290 PFLOP   at least 56 min on an H100: its dense BF16 peak,
-#              states that fit in no cache; 543.6 GB of disk                      989.5 TFLOP/s. 803 days at the 50 GFLOP/s of one busy
-#              beside the source, 18.1 GB of GPU memory                           CPU core that plan found where this was written
-#   verify     811.7 + 234.3 GB read                                one rounding  the disk's: 7 min at 2.5 GB/s
-#   evaluate   811.7 + 234.3 GB read for log-likelihoods, once      1.6 EFLOP a   at least 27 min a million tokens on an H100; it says how
-#              more a pass for answers that are generated           million tokens  many there are before it begins
-#   card       the answers                                          none          seconds
-#
-# The disk's real rate and the arithmetic's are measured by `fourge plan` on the node: its estimate is the one to go by.
+#   fetch      811.7 GB read from the hub and written. The network's time
+#   plan       a config.json, and ten seconds of measuring: its estimate of the next step, on this node, is the one to go by
+#   quantize   3,290 PFLOP: more than 55 min on an H100, whose dense BF16 peak is 989.5 TFLOP/s; two years on a core of 50
+#              GFLOP/s. 55.2 TB read and 19.9 TB written and forced to disk, most of it hidden states, less what the page cache
+#              keeps: 6 h and 33 h at the 2.5 and .165 GB/s that plan measured where this was written, so give it a fast
+#              disk. 543.6 GB of it beside the source, and 18.1 GB of GPU memory
+#   verify     811.7 + 234.3 GB read: 7 min at 2.5 GB/s; and compared: 9 min at 1.5 GB/s, a thread's rate
+#   evaluate   811.7 + 234.3 GB read a pass: one for all log-likelihoods, more for answers that are generated. 1.6 EFLOP
+#              a million tokens: more than 27 min on an H100. It says how many tokens there are before it walks
+#   card, page seconds
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
