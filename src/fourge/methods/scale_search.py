@@ -40,7 +40,7 @@ def search_scales(weight: Tensor, global_scale: Tensor, importance: Tensor | Non
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         if fused is not None:
-            scales[rows] = fused.search(weight[rows], global_scale, h, _OFFSETS)[0]
+            scales[rows] = fused.search(weight[rows], global_scale, h, _OFFSETS)
         else:
             chunk = weight[rows].float().view(-1, groups, GROUP_SIZE)
             scales[rows] = _search(chunk, global_scale, h.view(-1, GROUP_SIZE))

@@ -45,8 +45,8 @@ class FusedLoops(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """See `quantize.squared_errors`."""
 
-    def search(self, weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
-        """Best scales of `weight`, FP16 too, under `h` `[K]` and what they err, FP32 `[N, K/16]`: `scale_search.py`."""
+    def search(self, weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> Tensor:
+        """Best scales of `weight`, FP16 too, under `h` `[K]`, FP32 `[N, K/16]`: `scale_search.py`."""
 
     def replay_group(
         self,

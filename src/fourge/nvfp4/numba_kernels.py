@@ -252,10 +252,8 @@ def _set_steps(codes, global_scale, steps):
 
 
 @_kernel
-def search(
-    weight: Any, global_scale: np.float32, h: Any, offsets: Any, scales: Any, errors: Any, start: int, stop: int
-) -> None:
-    """The best scales of FP32 `weight` `[N, K]` and what they err, both FP32 `[N, K/16]`: see `scale_search.py`.
+def search(weight: Any, global_scale: np.float32, h: Any, offsets: Any, scales: Any, start: int, stop: int) -> None:
+    """The best scales of FP32 `weight` `[N, K]`, FP32 `[N, K/16]`: see `scale_search.py`.
 
     `h` FP32 `[chunks, 16, LANES]`, the groups' weights a lane each; `offsets` int32, what to try around the start, in
     order, the max scale itself before them. All lanes go down together until none of them may gain; the last chunk's
@@ -305,7 +303,6 @@ def search(
                 trial += 1
             for lane in range(min(LANES, scales.shape[1] - chunk * LANES)):
                 scales[n, chunk * LANES + lane] = _e4m3_value(best[lane])
-                errors[n, chunk * LANES + lane] = least[lane]
 
 
 @_kernel

@@ -65,20 +65,20 @@ def squared_errors(weight: Tensor, packed: Tensor, scale: Tensor, global_scale: 
     return errors, norms
 
 
-def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
+def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> Tensor:
     """See `FusedLoops`."""
     groups = weight.shape[1] // GROUP_SIZE
-    scales, errors = (torch.empty(weight.shape[0], groups) for _ in range(2))
+    scales = torch.empty(weight.shape[0], groups)
     lanes = kernels.LANES
     padded = torch.zeros(-(-groups // lanes) * lanes, GROUP_SIZE)
     padded[:groups] = h.view(groups, GROUP_SIZE)
     h_by_lane = padded.view(-1, lanes, GROUP_SIZE).transpose(1, 2).contiguous()
     arguments = _number(global_scale), h_by_lane.numpy(), np.array(offsets, np.int32)
-    _by_rows(_search_rows, *weight.shape, _array(weight), arguments, scales.numpy(), errors.numpy())
-    return scales, errors
+    _by_rows(_search_rows, *weight.shape, _array(weight), arguments, scales.numpy())
+    return scales
 
 
-def _search_rows(weight: Any, arguments: tuple[Any, ...], scales: Any, errors: Any, start: int, stop: int) -> None:
+def _search_rows(weight: Any, arguments: tuple[Any, ...], scales: Any, start: int, stop: int) -> None:
     """The kernel on rows `start … stop`, a block at a time widened to FP32: compiled once, whatever the dtype."""
     step = max(1, _WIDENED_VALUES // weight.shape[1])
     widened = np.empty((min(step, stop - start), weight.shape[1]), np.float32)
@@ -89,7 +89,7 @@ def _search_rows(weight: Any, arguments: tuple[Any, ...], scales: Any, errors: A
             np.left_shift(weight[rows], 16, out=block.view(np.uint32), dtype=np.uint32)
         else:
             block[...] = weight[rows]
-        kernels.search(block, *arguments, scales[rows], errors[rows], 0, len(block))
+        kernels.search(block, *arguments, scales[rows], 0, len(block))
 
 
 def replay_group(

@@ -302,14 +302,13 @@ def search(
     h_ptr,
     offsets_ptr,
     scales_ptr,
-    errors_ptr,
     count,
     groups_a_row,
     trials,
     lowest,
     block: tl.constexpr,
 ):
-    """The best scales of words and what they err, both FP32: see `scale_search.py`.
+    """The best scales of words, FP32: see `scale_search.py`.
 
     `h` FP32 `[K]`; `offsets` int32 `[trials]`, what to try around the start, in order, the max scale itself before
     them; `lowest` is the least of them. A program's groups go down together until none of them may gain.
@@ -346,4 +345,3 @@ def search(
         least = tl.where(better, error, least)
         going = tl.max(alive.to(tl.int32), axis=0)
     tl.store(scales_ptr + group, _e4m3_value(best), mask=there)
-    tl.store(errors_ptr + group, least, mask=there)

@@ -68,13 +68,13 @@ def squared_errors(weight: Tensor, packed: Tensor, scale: Tensor, global_scale: 
     return errors, norms
 
 
-def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
+def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) -> Tensor:
     """See `FusedLoops`."""
     weight = weight if weight.dtype == torch.bfloat16 else weight.float()
     rows, groups = weight.shape[0], weight.shape[1] // GROUP_SIZE
-    scales, errors = (torch.empty(rows, groups, dtype=torch.float32, device=weight.device) for _ in range(2))
+    scales = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
     tried = torch.tensor(offsets, dtype=torch.int32, device=weight.device)
-    arguments = _words(weight), _scalar(global_scale, weight), _aligned(h), tried, scales, errors
+    arguments = _words(weight), _scalar(global_scale, weight), _aligned(h), tried, scales
     _launch(
         kernels.search,
         rows * groups,
@@ -84,7 +84,7 @@ def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) 
         trials=len(offsets),
         lowest=min(offsets),
     )
-    return scales, errors
+    return scales
 
 
 def replay_group(
