@@ -27,7 +27,7 @@ def heed_interrupts() -> None:
 def test_a_stopped_run_says_how_to_go_on(signum: signal.Signals, pico: Callable[..., Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "fourge", "quantize", str(pico(num_hidden_layers=LAYERS)), "-o", str(output)]
-    command += ["--calibration", "random", "--num-calibration-samples", "60", "--num-probe-samples", "20"]
+    command += ["--calibration", "random", "--num-calibration-samples", "24", "--num-probe-samples", "6"]
     command += ["--max-seq-length", "200", "--threads", "1", "--method", "max"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
