@@ -1,12 +1,11 @@
 """How the work of one quantization divides among ranks, on this machine, and a model of it beyond.
 
 A synthetic Llama is quantized by the default recipe with 1, 2, … ranks of one thread each, and by one process with as
-many threads. Compared are rank 0's CPU seconds over all steps, from `metrics.jsonl`: it does its share and all that is
-not shared, so that is what the job takes where every rank has a core of its own and sending costs no waiting. Seconds
-on the clock, of whole processes, stand beside it; with fewer free cores than ranks, or with other work on them, they
-say little. Exits with 1 where outputs differ.
+many threads. Compared are the CPU seconds of the busiest rank, imports left out: what the job takes where every rank
+has a core of its own and sending costs no waiting. Seconds on the clock, of whole processes, stand beside it; with
+fewer free cores than ranks, or with other work on them, they say little. Exits with 1 where outputs differ.
 
-The model: `alone + shared / ranks`, fitted to rank 0's seconds.
+The model: `alone + shared / ranks`, fitted to the busiest rank's seconds.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,17 +31,20 @@ BEYOND = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Run:
-    """One job: rank 0's CPU seconds in the walk, and seconds on the clock from start to end."""
+    """One job: CPU seconds of its ranks, imports left out, and seconds on the clock from start to end."""
 
-    cpu: float
+    cpu: list[float]
     clock: float
 
+    @property
+    def busiest(self) -> float:
+        return max(self.cpu)
 
-def run(options: list[str], output: Path, ranks: int, threads: int) -> Run:
+
+def run(options: dict[str, Any], output: Path, ranks: int, threads: int) -> Run:
     """Starts the ranks as torchrun does, and waits for them."""
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "fourge", "quantize", str(BUILD / "model"), "-o", str(output), *options]
-    command += ["--threads", str(threads)]
+    job = json.dumps({"model": str(BUILD / "model"), "output": str(output), "threads": threads} | options)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     began = time.monotonic()
@@ -50,11 +53,26 @@ def run(options: list[str], output: Path, ranks: int, threads: int) -> Run:
         launch = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
         environment = {name: str(value) for name, value in launch.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads)}
-        started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL))
-    assert all(process.wait() == 0 for process in started), "a rank failed"
-    clock = time.monotonic() - began
-    lines = (output / ".fourge" / "metrics.jsonl").read_text().splitlines()
-    return Run(sum(json.loads(line)["cpu_seconds"] for line in lines), clock)
+        command = [sys.executable, __file__, "--as-rank", job]
+        started.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate()[0] for process in started]
+    assert all(process.returncode == 0 for process in started), "a rank failed"
+    return Run([float(text) for text in said], time.monotonic() - began)
+
+
+def be_rank(job: str) -> None:
+    """One rank's process: prints its CPU seconds."""
+    import torch
+    import transformers.models.llama.modeling_llama
+
+    import fourge
+    import fourge.nvfp4.numba_loops
+    import fourge.walk.run
+
+    assert torch and transformers and fourge.walk.run and fourge.nvfp4.numba_loops
+    began = time.process_time()
+    fourge.quantize(**json.loads(job))
+    print(time.process_time() - began)
 
 
 def same_files(one: Path, two: Path) -> bool:
@@ -79,23 +97,33 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--method", default="replay")
+    parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.as_rank:
+        be_rank(chosen.as_rank)
+        return
     write_llama(BUILD / "model", llama_config(chosen.hidden, chosen.intermediate, chosen.layers, 8, 4, 4096))
-    options = ["--method", chosen.method, "--smooth", "--calibration", "random", "--micro-batch-tokens", "512"]
-    options += ["--num-calibration-samples", str(chosen.sequences), "--num-probe-samples", "4"]
-    options += ["--max-seq-length", str(chosen.length)]
-
+    options = {
+        "method": chosen.method,
+        "smooth": True,
+        "calibration": "random",
+        "micro_batch_tokens": 512,
+        "num_calibration_samples": chosen.sequences,
+        "num_probe_samples": 4,
+        "max_seq_length": chosen.length,
+    }
     runs = {ranks: run(options, BUILD / f"{ranks}", ranks, 1) for ranks in chosen.ranks}
     first, most = min(runs), max(runs)
-    print(f"{'ranks':>5} {'rank 0, CPU s':>14} {'divides by':>11} {'clock s':>8}")
+    print(f"{'ranks':>5} {'busiest, CPU s':>15} {'divides by':>11} {'clock s':>8}  each rank's CPU s")
     for ranks, found in runs.items():
-        print(f"{ranks:>5} {found.cpu:>14.1f} {runs[first].cpu / found.cpu:>11.2f} {found.clock:>8.1f}")
+        divides, each = runs[first].busiest / found.busiest, ", ".join(f"{seconds:.1f}" for seconds in found.cpu)
+        print(f"{ranks:>5} {found.busiest:>15.1f} {divides:>11.2f} {found.clock:>8.1f}  {each}")
     threaded = run(options, BUILD / "threads", 1, most)
-    print(f"one process of {most} threads: {threaded.cpu:.1f} CPU s, {threaded.clock:.1f} s on the clock")
+    print(f"one process of {most} threads: {threaded.busiest:.1f} CPU s, {threaded.clock:.1f} s on the clock")
 
     counts = np.array(list(runs), dtype=float)
     terms = np.stack([np.ones_like(counts), 1 / counts], 1)
-    alone, shared = np.linalg.lstsq(terms, np.array([found.cpu for found in runs.values()]), rcond=None)[0]
+    alone, shared = np.linalg.lstsq(terms, np.array([found.busiest for found in runs.values()]), rcond=None)[0]
     print(f"model: {alone:.1f} s that every rank spends + {shared:.1f} s / ranks; so by")
     print("       " + ", ".join(f"{ranks}: {(alone + shared) / (alone + shared / ranks):.1f}" for ranks in BEYOND))
     tokens = chosen.sequences * chosen.length

@@ -113,7 +113,7 @@ def compensate_group(
     first = next(iter(lanes.weights.values()))
     size = first.shape[0] if lanes.whole else first.shape[1]
     ranks = lanes.walk.ranks
-    cross = CrossMoment(size, first.shape[1], first.device, (ranks.rank, ranks.size))
+    cross = CrossMoment(size, first.shape[1], first.device, (ranks.turn, ranks.size))
 
     def fit(shortfall: Tensor, inputs: Tensor) -> None:
         hessian.add(inputs)

@@ -198,7 +198,7 @@ class LayerStep:
     def _new_hessian(self, group: LinearGroup) -> HessianAccumulator:
         columns = self.layout.shapes[f"{self.prefix}{group.linears[0]}.weight"][1]
         ranks = self.walk.ranks
-        return HessianAccumulator(columns, self.walk.device, own=(ranks.rank, ranks.size))
+        return HessianAccumulator(columns, self.walk.device, own=(ranks.turn, ranks.size))
 
     def _observe_inputs(
         self,

@@ -1,7 +1,7 @@
 """Several processes at one job, started by torchrun: what is done by one of them, and how all come to know it.
 
-Everything that is shared goes one way: a list of pieces of work, piece i done by rank i modulo their number, and the
-results handed to every rank in the order of the pieces. So whatever is summed over them is summed in one order, by
+Everything that is shared goes one way: a list of pieces of work, dealt out one by one, and the results handed to every
+rank in the order of the pieces. So whatever is summed over them is summed in one order, by
 whichever number of ranks, and comes out the same to the bit. A process alone is rank 0 of 1 and communicates nothing.
 """
 
@@ -44,6 +44,12 @@ class Ranks:
         """Whether this is the rank that writes, commits and speaks."""
         return self.rank == 0
 
+    @property
+    def turn(self) -> int:
+        """Of `size` pieces in a row, the one that is this rank's. Rank 0 comes last: it has the writing to do beside, and
+        where pieces are left over, it is spared."""
+        return self.size - 1 - self.rank
+
     # Sharing work
 
     def share(self, pieces: Sequence[T], work: Callable[[T], Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
@@ -53,7 +59,7 @@ class Ranks:
         rank's work is raised in all.
         """
         for start in range(0, len(pieces), self.size):
-            mine = start + self.rank
+            mine = start + self.turn
             made: Sequence[Tensor] = ()
             error = None
             try:
@@ -62,7 +68,7 @@ class Ranks:
             except InputError as raised:
                 error = raised
             shapes = self._agree(error, [(tuple(tensor.shape), tensor.dtype, tensor.is_cuda) for tensor in made])
-            yield from self._hand_out(made, shapes[: len(pieces) - start])
+            yield from self._hand_out(made, shapes[::-1][: len(pieces) - start])
 
     def map(self, function: Callable[[T], float], values: Sequence[T]) -> list[float]:
         """`function` of every value, each computed by one rank."""
@@ -70,7 +76,7 @@ class Ranks:
         return [number.item() for (number,) in made]
 
     def fill(self, blocks: Sequence[Tensor]) -> None:
-        """Has every rank hold all `blocks`, of which block i is right on rank i modulo their number."""
+        """Has every rank hold all `blocks`, of which this rank's are right: those at `turn`, `turn` + `size`, …"""
         for block, (right,) in zip(blocks, self.share(blocks, lambda block: (block,)), strict=True):
             if right is not block:
                 block.copy_(right)
@@ -78,18 +84,18 @@ class Ranks:
     def _hand_out(
         self, made: Sequence[Tensor], shapes: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype, bool]]]
     ) -> Iterator[Sequence[Tensor]]:
-        """What every rank made, one after the other: `made` itself, and the others' tensors, whose shapes are known."""
-        for source, described in enumerate(shapes):
+        """What every rank made, by turns: `made` itself, and the others' tensors, whose shapes are known."""
+        for turn, described in enumerate(shapes):
             if self.size == 1:
                 yield made
                 continue
             tensors = made
-            if source != self.rank:
+            if turn != self.turn:
                 tensors = [
                     torch.empty(shape, dtype=dtype, device=self.device if on_gpu else "cpu")
                     for shape, dtype, on_gpu in described
                 ]
-            yield [self._broadcast(tensor, source) for tensor in tensors]
+            yield [self._broadcast(tensor, self.size - 1 - turn) for tensor in tensors]
 
     def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
         tensor = tensor.contiguous()
