@@ -46,8 +46,8 @@ class Ranks:
 
     @property
     def turn(self) -> int:
-        """Of `size` pieces in a row, the one that is this rank's. Rank 0 comes last: it has the writing to do beside, and
-        where pieces are left over, it is spared."""
+        """Of `size` pieces in a row, the one that is this rank's. Rank 0 comes last: it has the writing to do beside,
+        and where pieces are left over, it is spared."""
         return self.size - 1 - self.rank
 
     # Sharing work
