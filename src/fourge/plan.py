@@ -11,7 +11,15 @@ from fourge.planning.kv_cache import KvCacheDtype
 from fourge.recipe_file import read_recipe_file
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
 from fourge.recipes import RecipeName, resolve
-from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
+from fourge.settings import (
+    DEFAULT_IGNORE,
+    DEFAULT_TARGETS,
+    Backend,
+    ComputeDtype,
+    KvCacheScheme,
+    QuantizeSettings,
+    Scheme,
+)
 
 if TYPE_CHECKING:
     from fourge.planning.facts import ModelFacts, Part
@@ -148,7 +156,7 @@ def plan(
     calibration = calibration or ("text" if scheme == "NVFP4" else "none")
     chosen = resolve(recipe, method, smooth, has_data=calibration != "none")
     rules = None if recipe_file is None else read_recipe_file(Path(recipe_file))
-    targets, ignore = targets or ["Linear"], ["lm_head"] if ignore is None else ignore
+    targets, ignore = targets or [*DEFAULT_TARGETS], [*DEFAULT_IGNORE] if ignore is None else ignore
     selection = Selection(tuple(targets), tuple(ignore), scheme, chosen.method, rules or ())
     facts, source = describe(model, revision, selection, kv_cache_scheme)
     length = _resolve_length(facts, max_model_len)

@@ -13,13 +13,20 @@ from fourge.progress import mute, peak_resident_bytes
 from fourge.recipe_file import read_recipe_file
 from fourge.recipes import DEFAULT as DEFAULT_RECIPE
 from fourge.recipes import RecipeName, resolve
-from fourge.settings import Backend, ComputeDtype, KvCacheScheme, QuantizeSettings, Scheme
+from fourge.settings import (
+    DEFAULT_CALIBRATION,
+    DEFAULT_IGNORE,
+    DEFAULT_TARGETS,
+    Backend,
+    ComputeDtype,
+    KvCacheScheme,
+    QuantizeSettings,
+    Scheme,
+)
 
 if TYPE_CHECKING:
     from fourge.walk.job import Job
     from fourge.walk.run import QuantizeRun
-
-DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,8 @@ def quantize(
         method=chosen.method,
         smooth=chosen.smooth,
         recipe_file=rules,
-        targets=tuple(targets or ["Linear"]),
-        ignore=tuple(["lm_head"] if ignore is None else ignore),
+        targets=tuple(targets or DEFAULT_TARGETS),
+        ignore=tuple(DEFAULT_IGNORE if ignore is None else ignore),
         calibration=calibration,
         probe=probe,
         num_calibration_samples=num_calibration_samples,

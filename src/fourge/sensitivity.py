@@ -10,13 +10,20 @@ import typer
 
 from fourge.errors import InputError
 from fourge.progress import peak_resident_bytes
-from fourge.settings import Backend, ComputeDtype, QuantizeSettings, Scheme
+from fourge.settings import (
+    DEFAULT_CALIBRATION,
+    DEFAULT_IGNORE,
+    DEFAULT_TARGETS,
+    Backend,
+    ComputeDtype,
+    QuantizeSettings,
+    Scheme,
+)
 
 if TYPE_CHECKING:
     from fourge.mixing.mixture import GroupDamage, Mixture
     from fourge.mixing.run import SensitivityRun
 
-DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
 TABLE = "sensitivity.json"
 _RECIPE = "recipe.yaml"
 _ABOUT = "Damage by layer and group of Linears, worst first, as `fourge sensitivity` measured it: the mean over "
@@ -104,8 +111,8 @@ def sensitivity(
         method=method,
         smooth=False,
         recipe_file=None,
-        targets=tuple(targets or ["Linear"]),
-        ignore=tuple(["lm_head"] if ignore is None else ignore),
+        targets=tuple(targets or DEFAULT_TARGETS),
+        ignore=tuple(DEFAULT_IGNORE if ignore is None else ignore),
         calibration=calibration,
         probe=None,
         num_calibration_samples=num_calibration_samples,
@@ -166,8 +173,8 @@ def _write_table(
 
 def _selection(settings: QuantizeSettings) -> str:
     """The options that leave quantize the Linears that were ranked here; nothing where those are the default."""
-    chosen = [f"--targets {shlex.quote(target)}" for target in settings.targets if settings.targets != ("Linear",)]
-    chosen += [f"--ignore {shlex.quote(name)}" for name in settings.ignore if settings.ignore != ("lm_head",)]
+    chosen = [f"--targets {shlex.quote(target)}" for target in settings.targets if settings.targets != DEFAULT_TARGETS]
+    chosen += [f"--ignore {shlex.quote(name)}" for name in settings.ignore if settings.ignore != DEFAULT_IGNORE]
     return "".join(f" {option}" for option in chosen)
 
 

@@ -14,6 +14,11 @@ KvCacheScheme = Literal["fp8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Backend = Literal["auto", "torch", "numba", "triton"]
 
+DEFAULT_CALIBRATION = "HuggingFaceH4/ultrachat_200k"
+DEFAULT_TARGETS = ("Linear",)
+DEFAULT_IGNORE = ("lm_head",)
+"""What is quantized, and what of it is left, where nothing else is asked for."""
+
 FREE_ON_CONTINUATION: Mapping[str, str] = {
     "model": "the source may have moved; its headers are compared instead",
     "revision": "likewise",

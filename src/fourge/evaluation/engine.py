@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ class WalkEngine:
 
         before = self._bytes_read
         recorder = Recorder()
-        server = self._draft_server()
+        server = self._draft_server
         if server is not None:
             server.require_ready()
         with announced("Collecting lm-eval's requests"):
@@ -156,6 +157,7 @@ class WalkEngine:
             _note_lengths(results[role], texts[role])
         return results
 
+    @cached_property
     def _draft_server(self) -> "DraftServer | None":
         from fourge.evaluation.draft_server import DraftServer
 
@@ -175,7 +177,7 @@ class WalkEngine:
         settings = self.settings
         lanes = dict(zip(self.roles, self.lanes, strict=True))
         generation = WalkGeneration(
-            lanes, self.prompting, settings.folder, settings.micro_batch_tokens, settings.restart, self._draft_server()
+            lanes, self.prompting, settings.folder, settings.micro_batch_tokens, settings.restart, self._draft_server
         )
         generated = generation.answer(requests)
         self.generation = generation.outcomes

@@ -15,9 +15,9 @@ from fourge.evaluation.lanes import open_lanes
 from fourge.evaluation.scoring import ScoringPlan
 from fourge.evaluation.scoring_job import ScoringJob
 from fourge.evaluation.scoring_walk import ScoringWalk
+from fourge.walk.held_folder import WalkPaths
 from fourge.walk.ranks import Ranks
 from fourge.walk.streams import Lane
-from fourge.walk.walk_folder import WalkPaths
 
 
 @dataclass(frozen=True)

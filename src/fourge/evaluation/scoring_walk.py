@@ -15,13 +15,13 @@ from fourge.evaluation.scoring import ScoringPlan, sum_answers
 from fourge.evaluation.scoring_job import ScoringJob
 from fourge.progress import WalkProgress, announced
 from fourge.walk.head import ROWS, Divergence, LaneScores, Targets, score_heads
+from fourge.walk.held_folder import WalkPaths
 from fourge.walk.hidden import HiddenFile, HiddenLayout, create_together, finish_together
 from fourge.walk.layer import LaneLayer
 from fourge.walk.ranks import Ranks, spans
 from fourge.walk.statistics import clustered_mean
 from fourge.walk.tree import Tree
 from fourge.walk.walk import require_in_range
-from fourge.walk.walk_folder import WalkPaths
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fourge.errors import InputError
 from fourge.methods import find_method
 from fourge.methods.base import Method
 from fourge.methods.fp8 import Fp8Rows
-from fourge.settings import LinearScheme, QuantizeSettings, Rule, RuleScheme, Scheme
+from fourge.settings import DEFAULT_IGNORE, DEFAULT_TARGETS, LinearScheme, QuantizeSettings, Rule, RuleScheme, Scheme
 from fourge.walk.selection import require_match, select_linears
 
 _FP8 = Fp8Rows()
@@ -54,8 +54,8 @@ class Choices:
 class Selection:
     """What is asked for, in the options' names and patterns; `rules` are a recipe file's."""
 
-    targets: tuple[str, ...] = ("Linear",)
-    ignore: tuple[str, ...] = ("lm_head",)
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
     scheme: Scheme = "NVFP4"
     method: str = "max"
     rules: tuple[Rule, ...] = ()

@@ -12,21 +12,19 @@ most the old hidden states beside the new, deleted by the next run. Both ways ex
 `metrics.jsonl` is a log for people (times differ from run to run) and never read for a decision.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fourge.checkpoint.durable import fsync_directory, replace_durably, write_json
 from fourge.checkpoint.folder import PROVENANCE
 from fourge.errors import InputError
 from fourge.settings import FREE_ON_CONTINUATION, first_difference
+from fourge.walk.held_folder import Held, WalkPaths
 from fourge.walk.hidden import HiddenLayout, checksum_file
 
 FOLDER = ".fourge"
@@ -83,44 +81,28 @@ def sha256_file(path: Path, progress: Callable[[int], None] = lambda count: None
     return digest.hexdigest()
 
 
-class JobFolder:
+class JobFolder(WalkPaths):
     """Where a job keeps what; also for the ranks that work at it and do not hold it."""
 
     def __init__(self, output: Path) -> None:
+        super().__init__(output / FOLDER)
         self.output = output
-        self.folder = output / FOLDER
-
-    @property
-    def _manifest(self) -> Path:
-        return self.folder / "job.json"
 
     @property
     def tokens_path(self) -> Path:
         return self.folder / "tokens.safetensors"
 
     @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
     def shard_temporary(self) -> Path:
         return self.folder / "shard.tmp"
-
-    @property
-    def hidden_temporary(self) -> Path:
-        return self.folder / "hidden.tmp"
-
-    def hidden_path(self, step: int) -> Path:
-        """Where the hidden states lie that step `step` reads."""
-        return self.folder / f"hidden-{step:05d}.bin"
 
     @property
     def finished(self) -> bool:
         return (self.output / INDEX).exists()
 
 
-class Job(JobFolder):
-    """An output directory held by this process (an advisory lock that ends with it, however it ends)."""
+class Job(JobFolder, Held):
+    """An output directory held by this process."""
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         super().__init__(output)
@@ -130,7 +112,6 @@ class Job(JobFolder):
         self.events: list[dict[str, Any]] = []
         self.result: dict[str, Any] | None = None
         self.continued = False
-        self._lock: int | None = None
 
     # Opening
 
@@ -142,11 +123,11 @@ class Job(JobFolder):
         """
         self._refuse_foreign()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._take_lock(f"{self.output} is being written by another process; wait for it or name another -o")
         try:
             if restart:
                 self._clear()
-            if self._manifest.exists():
+            if self.manifest_path.exists():
                 self._load()
             else:
                 self._save()
@@ -161,20 +142,9 @@ class Job(JobFolder):
         if self.output.is_dir() and not self.folder.is_dir() and any(self.output.iterdir()):
             raise InputError(f"{self.output} holds other files and no job of ours; name a new directory with -o")
 
-    def _take_lock(self) -> None:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(
-                f"{self.output} is being written by another process; wait for it or name another -o"
-            ) from None
-        self._lock = descriptor
-
     def _clear(self) -> None:
         # The manifest goes first: without it, what else is left is nobody's and is written over.
-        self._manifest.unlink(missing_ok=True)
+        self.manifest_path.unlink(missing_ok=True)
         for path in self.output.glob("model-*-of-*.safetensors"):
             path.unlink()
         for name in (INDEX, "config.json", PROVENANCE):
@@ -206,20 +176,6 @@ class Job(JobFolder):
         if not any(self.output.iterdir()):
             self.output.rmdir()
 
-    def close(self) -> None:
-        """Gives the directory back. What is not committed is not cleaned up: the next run writes over it."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # Committing
 
     @property
@@ -238,7 +194,7 @@ class Job(JobFolder):
 
     def _save(self) -> None:
         write_json(
-            self._manifest,
+            self.manifest_path,
             {
                 "settings": self.settings,
                 "fingerprint": self.fingerprint,

@@ -13,40 +13,20 @@ before job.json's replacement leaves files that nothing refers to, and the next 
 most files that it deletes.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from fourge.checkpoint.durable import replace_durably, write_json
 from fourge.errors import InputError
 from fourge.settings import first_difference
+from fourge.walk.held_folder import Held
 from fourge.walk.hidden import HiddenLayout, checksum_file
 
 
-class WalkPaths:
-    """Where a walk keeps what; also for the ranks that take part in it and do not hold the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def hidden_temporary(self) -> Path:
-        return self.folder / "hidden.tmp"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    def hidden_path(self, step: int) -> Path:
-        """Where the hidden states lie that step `step` reads."""
-        return self.folder / f"hidden-{step:05d}.bin"
-
-
-class WalkFolder(WalkPaths):
+class WalkFolder(Held):
     """A folder held by this process, new or continued. `checksums` and `measures` have an entry a committed step."""
 
     user: ClassVar[str] = "another process"
@@ -60,12 +40,11 @@ class WalkFolder(WalkPaths):
         self.checksums: list[int] = []
         self.measures: list[Any] = []
         self.result: dict[str, Any] | None = None
-        self._lock: int | None = None
 
     def open(self, *, restart: bool = False) -> Self:
         """Takes the folder; InputError where another process has it, or holds another walk's, or is damaged."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._take_lock(f"{self.folder} is in use by {self.user}; wait for it or name another -o")
         try:
             if restart:
                 self._clear()
@@ -81,15 +60,6 @@ class WalkFolder(WalkPaths):
             raise
         return self
 
-    def _take_lock(self) -> None:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"{self.folder} is in use by {self.user}; wait for it or name another -o") from None
-        self._lock = descriptor
-
     def _clear(self) -> None:
         # The manifest goes first: without it, what else is left is nobody's.
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name != "job.json"):
@@ -101,20 +71,6 @@ class WalkFolder(WalkPaths):
             needed = path == self.hidden_path(self.next_step) and self.result is None
             if path.suffix == ".tmp" or (path.name.startswith("hidden-") and not needed):
                 path.unlink()
-
-    def close(self) -> None:
-        """Gives the folder back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def next_step(self) -> int:
@@ -150,7 +106,7 @@ class WalkFolder(WalkPaths):
 
     def _save(self) -> None:
         content = {"fingerprint": self.fingerprint, "checksums": self.checksums, "measures": self.measures}
-        write_json(self.folder / "job.json", content | {"result": self.result})
+        write_json(self.manifest_path, content | {"result": self.result})
 
 
 def read_stored(folder: Path) -> dict[str, Any] | None:
