@@ -10,12 +10,15 @@ interpreter, on a few values: whether this file runs is all that it shows.
 """
 
 import argparse
+import io
 import json
 import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -243,12 +246,24 @@ def bandwidth(shapes: Shapes, device: torch.device) -> list[Rate]:
         whose = "torch" if operation == "copy" else "fourge"
         rates.append(Rate(operation, whose, moved, seconds_of(run, device, shapes.repeats)))
         for peer, run_theirs in theirs.get(operation, {}).items():
-            try:
-                rates.append(Rate(operation, peer, moved, seconds_of(run_theirs, device, shapes.repeats)))
-            except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-                rates.append(Rate(operation, peer, moved, None, f"{type(error).__name__}: {error}".splitlines()[0]))
+            rates.append(peer_rate(operation, peer, moved, run_theirs, device, shapes.repeats))
         print_rates(rates[-1 - len(theirs.get(operation, {})) :], rates[0])
     return rates
+
+
+def peer_rate(
+    operation: str, peer: str, moved: int, run: Callable[[], object], device: torch.device, repeats: int
+) -> Rate:
+    """A peer's rate, or why it has none here; the code that its compiler prints when it gives up is kept out."""
+    from triton.errors import TritonError
+
+    try:
+        with redirect_stdout(io.StringIO()):
+            return Rate(operation, peer, moved, seconds_of(run, device, repeats))
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError, TritonError) as error:
+        assembler = re.search(r"; error\s*: (.*)", str(error))
+        reason = assembler[1] if assembler else (str(error).splitlines() or [""])[0]
+        return Rate(operation, peer, moved, None, f"{type(error).__name__}: {reason}")
 
 
 def layer_times(shapes: Shapes, device: torch.device) -> list[dict[str, Any]]:

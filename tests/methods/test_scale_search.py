@@ -9,6 +9,7 @@ from torch import Tensor
 from fourge.methods import scale_search
 from fourge.methods.scale_codes import positive_codes, positive_scales
 from fourge.methods.scale_search import search_scales
+from fourge.nvfp4.backend import using
 from fourge.nvfp4.quantize import amax, dequantize_weight, global_scale, group_scales, quantize_weight
 from fourge.nvfp4.reference import ZERO_SCALE
 
@@ -123,11 +124,13 @@ def test_codes_and_scales_are_inverse() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_finds_as_good_a_scale() -> None:
+@pytest.mark.parametrize("on_gpu", ["torch", "triton"])
+def test_gpu_finds_as_good_a_scale(on_gpu: str) -> None:
     weight = random_weights("heavy tails", 2)
     importance = importance_of(2.0, 128)
     divisor = global_scale(amax(weight))
-    there = search_scales(weight.cuda(), divisor.cuda(), importance.cuda()).cpu()
+    with using(on_gpu):
+        there = search_scales(weight.cuda(), divisor.cuda(), importance.cuda()).cpu()
     torch.testing.assert_close(
         group_errors(weight, there, divisor, importance),
         group_errors(weight, search_scales(weight, divisor, importance), divisor, importance),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fourge.nvfp4 import e2m1, e4m3, reference
+from fourge.nvfp4.backend import using
 from fourge.nvfp4.quantize import (
     QuantizedWeight,
     dequantize_weight,
@@ -219,15 +220,18 @@ def test_dtypes_of_results() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("on_gpu", ["torch", "triton"])
 @pytest.mark.parametrize("name", groups())
-def test_cuda_gives_the_same_bits(name: str) -> None:
+def test_cuda_gives_the_same_bits(name: str, on_gpu: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     weight = groups()[name]
     divisor = global_scale(weight.abs().max())
     here = quantize_weight(weight, divisor)
-    there = quantize_weight(weight.cuda(), divisor.cuda())
-    assert torch.equal(here.packed, there.packed.cpu())
-    assert torch.equal(here.scale.view(torch.uint8), there.scale.view(torch.uint8).cpu())
-    assert torch.equal(dequantize_weight(here), dequantize_weight(there).cpu())
-    assert torch.equal(fake_quantize(weight, divisor), fake_quantize(weight.cuda(), divisor.cuda()).cpu())
+    restored, rounded = dequantize_weight(here), fake_quantize(weight, divisor)
+    with using(on_gpu):
+        there = quantize_weight(weight.cuda(), divisor.cuda())
+        assert torch.equal(here.packed, there.packed.cpu())
+        assert torch.equal(here.scale.view(torch.uint8), there.scale.view(torch.uint8).cpu())
+        assert torch.equal(restored, dequantize_weight(there).cpu())
+        assert torch.equal(rounded, fake_quantize(weight.cuda(), divisor.cuda()).cpu())
