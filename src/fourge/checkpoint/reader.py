@@ -67,8 +67,9 @@ class Checkpoint:
         documents[CONFIG], config = _read_json(directory, CONFIG)
         return cls(directory, dict(sorted(tensors.items())), config, index.get("metadata") or {}, documents)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Tensor `name`, or its `rows` along the first dimension (step 1), in its own dtype, on the CPU."""
+    def read(self, name: str, rows: slice | None = None, *, pinned: bool = False) -> Tensor:
+        """Tensor `name`, or its `rows` along the first dimension (step 1), in its own dtype, on the CPU; `pinned` for
+        a GPU to copy from."""
         info = self.tensors[name]
         shape, begin = info.shape, info.begin
         if rows is not None:
@@ -76,7 +77,7 @@ class Checkpoint:
             assert step == 1, "rows are read as they lie"
             shape = (max(stop - start, 0), *shape[1:])
             begin += start * _row_bytes(info)
-        tensor = torch.empty(shape, dtype=info.torch_dtype)
+        tensor = torch.empty(shape, dtype=info.torch_dtype, pin_memory=pinned)
         with _opened(info.path) as descriptor:
             self._fill(byte_view(tensor), descriptor, info, begin)
         return tensor
@@ -178,9 +179,13 @@ def require_float(checkpoint: Checkpoint) -> None:
 def require_finite(tensor: Tensor, info: TensorInfo, first_row: int = 0) -> None:
     """Raises InputError, with the first bad index in row-major order, where `tensor` holds NaN or Inf.
 
-    `tensor` is contiguous, on the CPU and of `FLOAT_DTYPES`: all of `info`, or its rows from `first_row` on. One pass
-    that takes no memory; the copy of a mask is made for the bad chunk alone.
+    `tensor` is contiguous and of `FLOAT_DTYPES`: all of `info`, or its rows from `first_row` on. One pass that takes
+    no memory; the copy of a mask is made for the bad chunk alone.
     """
+    if tensor.is_cuda:
+        if torch.stack(torch.aminmax(tensor)).isfinite().all():
+            return
+        tensor = tensor.cpu()
     flat = tensor.view(-1)
     for start in range(0, flat.numel(), _FINITE_CHUNK):
         chunk = flat[start : start + _FINITE_CHUNK]

@@ -33,9 +33,9 @@ class FoldedSource(Checkpoint):
             source.directory, source.tensors, source.config, source.index_metadata, source.documents, 0, scalings
         )
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, rows: slice | None = None, *, pinned: bool = False) -> Tensor:
         """See `Checkpoint.read`."""
-        tensor = super().read(name, rows)
+        tensor = super().read(name, rows, pinned=pinned)
         for scaling in self.scalings.get(name, ()):
             along = scaling.exponents if scaling.dim or rows is None else scaling.exponents[rows]
             scale_(tensor, scaling.dim, along)

@@ -1,6 +1,7 @@
 """The walk over lm-eval's requests: every lane through every layer, then what the head says of what is scored."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from fourge.evaluation.packing import Row
 from fourge.evaluation.scoring import ScoringPlan, sum_answers
 from fourge.evaluation.scoring_job import ScoringJob
 from fourge.progress import WalkProgress, announced
+from fourge.walk.ahead import RowWriter, read_rows
 from fourge.walk.head import ROWS, Divergence, LaneScores, Targets, score_heads
 from fourge.walk.held_folder import WalkPaths
 from fourge.walk.hidden import HiddenFile, HiddenLayout, create_together, finish_together
@@ -21,7 +23,7 @@ from fourge.walk.layer import LaneLayer
 from fourge.walk.ranks import Ranks, spans
 from fourge.walk.statistics import clustered_mean
 from fourge.walk.tree import Tree
-from fourge.walk.walk import require_in_range
+from fourge.walk.walk import out_of_range
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,20 @@ class ScoringWalk:
         progress: WalkProgress,
     ) -> None:
         first, device = self._first_row(number), lane.walk.device
+        own = self.ranks.own(self.plan.packing.rows)
+        spans = [(first + row.first_token, first + row.last_token) for row in own]
+        refused = out_of_range(layer.index, "the requests", lane.name, lane.walk.dtype)
+        with closing(read_rows(source, spans, device)) as coming, RowWriter(target, refused) as writer:
 
-        def forward(row: Row) -> Sequence[Tensor]:
-            states = source.read(first + row.first_token, first + row.last_token).to(device)
-            tree = None if row.is_chain else _to(self.plan.packing.tree(row), device)
-            output = layer(states[None], tree)[0]
-            require_in_range(output, layer.index, "the requests", lane.name)
-            target.write(first + row.first_token, output)
-            return ()
+            def forward(row: Row) -> Sequence[Tensor]:
+                states = next(coming)
+                tree = None if row.is_chain else _to(self.plan.packing.tree(row), device)
+                writer.write(first + row.first_token, layer(states[None], tree)[0])
+                return ()
 
-        self._run_rows(forward, progress)
+            self._run_rows(forward, progress)
+            with self.ranks.as_one():
+                writer.wait()
 
     def _run_rows(self, work: Callable[[Row], Sequence[Tensor]], progress: WalkProgress) -> None:
         """Has the ranks do `work` on every row, each on its own."""

@@ -22,6 +22,9 @@ _COLUMNS_PER_BLOCK = 1024
 class HessianAccumulator:
     """Sums XᵀX over the inputs X of a Linear, in FP32 (or `dtype`), and counts their tokens.
 
+    On a GPU inputs of 16 bits are multiplied as they are, by its tensor cores: the products of two such numbers are
+    exact in FP32, in which they are added up.
+
     It is summed in blocks of columns. Given `own`, `(n, of)`, only blocks n, n + of, … are, and the others are to be
     filled in, as other processes summed them.
     """
@@ -43,11 +46,15 @@ class HessianAccumulator:
         tokens = x.reshape(-1, x.shape[-1])
         self.tokens += tokens.shape[0]
         for chunk in torch.split(tokens, _TOKENS_PER_CHUNK):
-            x_tk = chunk.to(self._sum)
+            x_tk = chunk if self._multiplies(chunk) else chunk.to(self._sum)
             # Only the blocks on and above the diagonal: half the arithmetic; `matrix` mirrors them.
             for start in self._own:
-                columns = slice(start, start + _COLUMNS_PER_BLOCK)
-                self._sum[columns, start:].addmm_(x_tk[:, columns].T, x_tk[:, start:])
+                block, left = self._sum[start : start + _COLUMNS_PER_BLOCK, start:], x_tk[:, start:]
+                _add_product_(block, left[:, :_COLUMNS_PER_BLOCK].T, left)
+
+    def _multiplies(self, x: Tensor) -> bool:
+        """Whether `x` can be multiplied as it is, into sums of our dtype."""
+        return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self._sum.dtype == torch.float32
 
     def summed_blocks(self) -> list[Tensor]:
         """Views of all that is summed, block by block: what is to be filled in where `own` left it out."""
@@ -74,6 +81,14 @@ class HessianAccumulator:
             block = self._sum[start:stop, start:stop].triu_()
             block.add_(block.triu(1).T)
         return self._sum
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left` `right` to `total`, in whose dtype sums are kept."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class InputStatistics:
 
     def add(self, summary: Tensor) -> None:
         """Takes the summary of the next micro-batch, whose `tokens` the caller counts. The order decides last bits."""
-        self.amax = torch.maximum(self.amax, summary[0].cpu())
+        self.amax = torch.maximum(self.amax.to(summary.device), summary[0])  # stays there, so that nobody waits for it
         if self._weigh_channels:
             self.importance = summary[1:] if self.importance is None else self.importance + summary[1:]
 

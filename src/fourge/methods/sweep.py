@@ -13,8 +13,17 @@ from fourge.methods.hessian import Curvature
 from fourge.nvfp4 import e2m1, e4m3
 from fourge.nvfp4.quantize import GROUP_SIZE, QuantizedWeight
 
-VALUES_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
+VALUES_PER_CHUNK = {"cpu": 2**25, "cuda": 2**28}
 """Rows are independent; all at once, a wide weight would be held several times over. On a GPU a turn is a launch."""
+
+_ALIGNED_ROWS = 64
+"""A GPU is quickest, and compiles once, where every column begins at such a multiple."""
+
+
+def rows_per_chunk(device: torch.device, columns: int) -> int:
+    """Of a weight with so many `columns`, worked on at once."""
+    rows = max(1, VALUES_PER_CHUNK[device.type] // columns)
+    return max(rows, _ALIGNED_ROWS) // _ALIGNED_ROWS * _ALIGNED_ROWS if device.type == "cuda" else rows
 
 
 def chunks_in_walk_order(weight: Tensor, scales: Tensor, curvature: Curvature) -> Iterator[tuple[Tensor, Tensor]]:
@@ -23,7 +32,7 @@ def chunks_in_walk_order(weight: Tensor, scales: Tensor, curvature: Curvature) -
     They come in the dtype and on the device of `curvature`.
     """
     columns, groups = curvature.order, _group_order(curvature)
-    rows = max(1, VALUES_PER_CHUNK[curvature.cost.device.type] // weight.shape[1])
+    rows = rows_per_chunk(curvature.cost.device, weight.shape[1])
     for weight_nk, scales_ng in zip(torch.split(weight, rows), torch.split(scales, rows), strict=True):
         yield (
             weight_nk.to(curvature.cost)[:, columns].T.contiguous(),

@@ -27,7 +27,7 @@ from fourge.walk.layer import LaneLayer
 from fourge.walk.observers import Observers
 from fourge.walk.statistics import Estimate, clustered_mean
 from fourge.walk.streams import Stream
-from fourge.walk.walk import Advance, Walk, require_in_range, sequence_numbers
+from fourge.walk.walk import Advance, Walk, out_of_range, sequence_numbers
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ class LayerTrial:
             for batch in stream.batches:
                 rows = self.source.read(batch.first_row, batch.last_row).to(self.walk.device)
                 output = lane(rows.view(batch.count, batch.length, -1)).reshape(rows.shape)
-                require_in_range(output, self.layer, "the validation set", "nvfp4")
-                expected = self.target.read(batch.first_row, batch.last_row).double()
+                if not output.isfinite().all():
+                    raise out_of_range(self.layer, "the validation set", "nvfp4", output.dtype)
+                expected = self.target.read(batch.first_row, batch.last_row).to(output.device).double()
                 norm = expected.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-                errors.append(((output.cpu().double() - expected).square().sum(1) / norm).numpy())
+                errors.append(((output.double() - expected).square().sum(1) / norm).cpu().numpy())
                 report(len(rows) / stream.num_tokens, len(rows))
         return clustered_mean(np.concatenate(errors), sequence_numbers(stream))
 

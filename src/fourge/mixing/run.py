@@ -114,7 +114,7 @@ class SensitivityRun:
         run, hidden = self.quantizing, walk.hidden_layout
         longest = max(batch.count * batch.length for stream in walk.streams for batch in stream.batches)
         layer = max(self._held(layer) for layer in range(run.layout.num_layers))
-        needs = Needs(0, hidden.nbytes, layer, micro_batch_bytes(run.layout, hidden, longest), 0)
+        needs = Needs(run.device.type, 0, hidden.nbytes, layer, micro_batch_bytes(run.layout, hidden, longest), 0)
         require_resources(needs, self.output, run.device, hidden.nbytes if committed else 0)
 
     def _held(self, layer: int) -> int:

@@ -94,10 +94,14 @@ def using(name: str) -> Iterator[None]:
 
 
 def fused_loops(device: torch.device, dtype: torch.dtype) -> FusedLoops | None:
-    """The fused loops for tensors of `dtype` on `device`; None where torch's own are to be used."""
+    """The fused loops for tensors of `dtype` on `device`; None where torch's own are to be used.
+
+    A fused backend was chosen for one kind of device; tensors on another get what `auto` is there.
+    """
     if _chosen == "torch" or dtype not in _FUSED_DTYPES:
         return None
-    name = resolve(_chosen, device.type)
+    serves = _chosen == FUSED.get(device.type) or (_chosen == "triton" and _interpreting())
+    name = resolve(_chosen if serves else "auto", device.type)
     return None if name == "torch" else _loops(name)
 
 

@@ -58,9 +58,9 @@ class HiddenFile:
     ) -> None:
         os.close(self._descriptor)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows `[start, stop)` as `[stop - start, width]` on the CPU."""
-        rows = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
+    def read(self, start: int, stop: int, *, pinned: bool = False) -> Tensor:
+        """Rows `[start, stop)` as `[stop - start, width]` on the CPU; `pinned` for a GPU to copy from."""
+        rows = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype, pin_memory=pinned)
         view = byte_view(rows)
         offset = start * self.layout.row_bytes
         while view:
@@ -70,11 +70,14 @@ class HiddenFile:
             offset += count
         return rows
 
-    def write(self, start: int, rows: Tensor) -> None:
-        """Puts `rows` `[n, width]` at `start`; each row is to be written once, for the checksum adds them up."""
+    def write(self, start: int, rows: Tensor, checksum: int | None = None) -> None:
+        """Puts `rows` `[n, width]` at `start`; each row is to be written once, for the checksum adds them up.
+
+        `checksum`: what `checksum_rows` gave, where it is known.
+        """
         assert rows.shape[1] == self.layout.width
         view = byte_view(rows.to(device="cpu", dtype=self.layout.dtype).contiguous())
-        self._checksum = (self._checksum + checksum_bytes(view)) % (1 << 64)
+        self._checksum = (self._checksum + (checksum_bytes(view) if checksum is None else checksum)) % (1 << 64)
         offset = start * self.layout.row_bytes
         while view:
             count = os.pwrite(self._descriptor, view, offset)
@@ -107,6 +110,11 @@ def checksum_bytes(data: memoryview) -> int:
     order in which micro-batches are written.
     """
     return int(np.frombuffer(data, np.uint32).sum(dtype=np.uint64))
+
+
+def checksum_rows(rows: Tensor) -> Tensor:
+    """`checksum_bytes` of contiguous `rows`, where they lie: int64 `[]`, the same modulo 2⁶⁴."""
+    return (rows.view(torch.int32).long() & 0xFFFFFFFF).sum()
 
 
 def checksum_file(path: Path, layout: HiddenLayout) -> int:

@@ -10,6 +10,7 @@ from fourge.checkpoint.reader import require_finite
 from fourge.nvfp4.fp8 import Fp8Weight, fake_quantize_tokens
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
+from fourge.walk.ahead import read_tensor
 from fourge.walk.kv_cache import Fp8KvCache
 from fourge.walk.layer import LaneLayer, StoredWeights
 from fourge.walk.linear import InputSite, Rounding, to_nvfp4
@@ -25,9 +26,9 @@ def read_layer(walk: Walk, layout: Layout, layer: int, progress: WalkProgress) -
     weights: LayerWeights = {}
     for name in layout.steps[layer + 1]:
         info = walk.source.tensors[name]
-        tensor = walk.source.read(name)
+        tensor = read_tensor(walk.source, name, walk.device)
         require_finite(tensor, info)
-        weights[name.removeprefix(prefix)] = tensor.to(walk.device)
+        weights[name.removeprefix(prefix)] = tensor
         progress.advance(0.0, read=info.nbytes)
     return weights
 

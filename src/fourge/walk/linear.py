@@ -1,7 +1,8 @@
 """A Linear as a lane holds it: the weight stays in its stored form and is widened a block of rows at a time.
 
 That is what keeps the walk's memory at one layer in the source's own dtype: an FP32 copy of a whole layer would be
-two layers more. The sum over K is never split, so the blocks change nothing but where the output is written.
+two layers more. The sum over K is never split, so the blocks change nothing but where the output is written. On a GPU
+they are large, for a small product leaves most of it idle; a weight that is stored as it is multiplied is in no blocks.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from fourge.nvfp4.fp8 import Fp8Weight, dequantize_rows
 from fourge.nvfp4.quantize import QuantizedWeight, dequantize_weight, fake_quantize
 
-ROWS_BYTES = 8 << 20
+ROWS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+"""Of a weight, widened at a time, by the kind of device."""
 
 
 Rounding = Callable[[Tensor], Tensor]
@@ -73,16 +75,12 @@ class LaneLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.site(x)
         out_features, in_features = self.stored.shape
-        step: int = max(1, ROWS_BYTES // (in_features * x.element_size()))
-        if step >= out_features:
+        step: int = max(1, ROWS_BYTES[x.device.type] // (in_features * x.element_size()))
+        if step >= out_features or (isinstance(self.stored, Tensor) and self.stored.dtype == x.dtype):
             return nn.functional.linear(x, self._rows(slice(None), x.dtype), self.bias)
         y = x.new_empty(*x.shape[:-1], out_features)
-        inputs, outputs = x.reshape(-1, in_features), y.view(-1, out_features)
         for start in range(0, out_features, step):
             rows = slice(start, min(start + step, out_features))
-            weight, out = self._rows(rows, x.dtype).T, outputs[:, rows]
-            if self.bias is None:
-                torch.mm(inputs, weight, out=out)
-            else:
-                torch.addmm(self.bias[rows], inputs, weight, out=out)
+            bias = None if self.bias is None else self.bias[rows]
+            y[..., rows] = nn.functional.linear(x, self._rows(rows, x.dtype), bias)
         return y

@@ -11,6 +11,7 @@ from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
 from fourge.settings import KvCacheScheme
+from fourge.walk.ahead import read_tensor
 from fourge.walk.kv_cache import read_kv_scales
 from fourge.walk.lanes import quantized_layer
 from fourge.walk.layer import LaneLayer
@@ -48,7 +49,7 @@ class QuantizedModel:
         return quantized_layer(walk, self.layout, layer, kept, linears, kv_scales=kv_scales)
 
     def _read(self, walk: Walk, name: str) -> Tensor:
-        return self.checkpoint.read(name).to(walk.device)
+        return read_tensor(self.checkpoint, name, walk.device)
 
     def _read_linear(self, walk: Walk, linear: str) -> QuantizedLinear:
         scheme = self.layout.schemes[linear]

@@ -52,6 +52,10 @@ class Ranks:
 
     # Sharing work
 
+    def own(self, pieces: Sequence[T]) -> Sequence[T]:
+        """Those of `pieces` that `share` has this rank work on, in their order."""
+        return pieces[self.turn :: self.size]
+
     def share(self, pieces: Sequence[T], work: Callable[[T], Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
         """What `work` makes of every piece, in the order of the pieces, on every rank; each does one in `size`.
 

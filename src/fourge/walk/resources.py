@@ -28,17 +28,18 @@ from fourge.walk.smoothing import smoothing_bytes
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _MAPPED_BLOCK_BYTES = 16 << 20
 
-_WORKING_BYTES = 200 << 20
+_WORKING_BYTES = {"cpu": 200 << 20, "cuda": 1536 << 20}
 """Blocks of rows, I/O buffers and the allocator's slack, whatever the model's size."""
 
-_METHOD_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+_METHOD_BYTES = {"cpu": 512 << 20, "cuda": 5 << 30}
 """What a method takes for the chunk of rows that it works on, and for the panels of a Cholesky factorization."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a run takes at its largest."""
+    """Bytes that a run takes at its largest on a `device`, `cpu` or `cuda`."""
 
+    device: str
     output: int
     hidden: int
     layer: int
@@ -53,7 +54,7 @@ class Needs:
     @property
     def memory(self) -> int:
         """A layer at its largest, and the larger of what runs a micro-batch and what the method works with; slack."""
-        return self.layer + max(self.micro_batch, self.method) + _WORKING_BYTES
+        return self.layer + max(self.micro_batch, self.method) + _WORKING_BYTES[self.device]
 
 
 def estimate_needs(
@@ -75,8 +76,9 @@ def estimate_needs(
         layer = max(_largest_moment(layout, source, i, choices) for i in range(layout.num_layers))
     micro_batch = micro_batch_bytes(layout, hidden, longest_batch)
     smoothing = smoothing_bytes(layout, hidden.dtype) if settings.smooth else 0
-    works_with = max(smoothing, _METHOD_BYTES[torch.device(settings.device).type] if choices.needs_hessian else 0)
-    return Needs(output, hidden.nbytes, layer, micro_batch, works_with)
+    device = torch.device(settings.device).type
+    works_with = max(smoothing, _METHOD_BYTES[device] if choices.needs_hessian else 0)
+    return Needs(device, output, hidden.nbytes, layer, micro_batch, works_with)
 
 
 def micro_batch_bytes(layout: Layout, hidden: HiddenLayout, tokens: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourge.checkpoint.reader import byte_view
 from fourge.methods.base import RoundRows
-from fourge.methods.sweep import VALUES_PER_CHUNK
+from fourge.methods.sweep import rows_per_chunk
 from fourge.nvfp4.fp8 import Fp8Weight
 from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.walk.ranks import Ranks
@@ -32,7 +32,7 @@ def pieces_of(weights: Mapping[str, Tensor]) -> list[Piece]:
     """All rows of `weights`, name → `[N, K]`."""
     found = []
     for name, weight in weights.items():
-        step = max(1, VALUES_PER_CHUNK[weight.device.type] // weight.shape[1])
+        step = rows_per_chunk(weight.device, weight.shape[1])
         if weight.device.type == "cpu":
             step = min(step, _ROWS_ON_CPU)
         found += [Piece(name, slice(start, start + step)) for start in range(0, len(weight), step)]

@@ -1,7 +1,7 @@
 """The pass itself: token sequences through one layer of one lane, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fourge.checkpoint.reader import Checkpoint
 from fourge.errors import InputError
+from fourge.walk.ahead import RowWriter, read_rows
 from fourge.walk.head import ROWS, Fidelity, HeadMeasures, compare_heads, summarise
 from fourge.walk.hidden import HiddenFile, HiddenLayout
 from fourge.walk.layer import LaneLayer, fill
@@ -19,7 +20,8 @@ from fourge.walk.skeleton import Skeleton
 from fourge.walk.statistics import Estimate, clustered_mean
 from fourge.walk.streams import Lane, MicroBatch, Stream
 
-_HEAD_BLOCK_BYTES = 8 << 20
+_HEAD_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+"""Hidden states are read anew for every block."""
 
 
 Advance = Callable[[float, int], None]
@@ -77,33 +79,42 @@ class Walk:
         `observers`, whose sites `layer` was built with, see every micro-batch, whichever rank runs it.
         """
         listening = observers or Observers()
+        refused = out_of_range(layer.index, f"the {stream.name} set", stream.lane, self.dtype)
+        with self._rows(stream.batches, source) as coming, RowWriter(target, refused) as writer:
 
-        def forward(batch: MicroBatch) -> Sequence[Tensor]:
-            rows = source.read(batch.first_row, batch.last_row).to(self.device)
-            output = layer(rows.view(batch.count, batch.length, -1)).reshape(rows.shape)
-            require_in_range(output, layer.index, f"the {stream.name} set", stream.lane)
-            target.write(batch.first_row, output)
-            return listening.collect()
+            def forward(batch: MicroBatch) -> Sequence[Tensor]:
+                rows = next(coming)
+                output = layer(rows.view(batch.count, batch.length, -1)).reshape(rows.shape)
+                writer.write(batch.first_row, output)
+                return listening.collect()
 
-        for batch, seen in self._each(stream.batches, forward):
-            listening.add(seen)
-            advance(batch.num_tokens / stream.num_tokens, batch.num_tokens)
+            for batch, seen in self._each(stream.batches, forward):
+                listening.add(seen)
+                advance(batch.num_tokens / stream.num_tokens, batch.num_tokens)
+            with self.ranks.as_one():
+                writer.wait()
 
     def watch(self, layer: LaneLayer, batches: Sequence[MicroBatch], source: HiddenFile, observers: Observers) -> None:
         """Runs `batches` through `layer` for its observers' sake alone, up to `SeenEnoughError`."""
+        with self._rows(batches, source) as coming:
 
-        def forward(batch: MicroBatch) -> Sequence[Tensor]:
-            self.look(layer, batch, source)
-            return observers.collect()
+            def forward(batch: MicroBatch) -> Sequence[Tensor]:
+                _look(layer, batch, next(coming))
+                return observers.collect()
 
-        for _, seen in self._each(batches, forward):
-            observers.add(seen)
+            for _, seen in self._each(batches, forward):
+                observers.add(seen)
 
     def look(self, layer: LaneLayer, batch: MicroBatch, source: HiddenFile) -> None:
         """Runs one micro-batch through `layer`, up to `SeenEnoughError`; on this rank alone."""
-        rows = source.read(batch.first_row, batch.last_row).to(self.device)
-        with suppress(SeenEnoughError):
-            layer(rows.view(batch.count, batch.length, -1))
+        _look(layer, batch, source.read(batch.first_row, batch.last_row).to(self.device))
+
+    def _rows(
+        self, batches: Sequence[MicroBatch], source: HiddenFile
+    ) -> AbstractContextManager[Generator[Tensor, None, None]]:
+        """The rows of those of `batches` that are this rank's, one micro-batch after the other."""
+        own = [(batch.first_row, batch.last_row) for batch in self.ranks.own(batches)]
+        return closing(read_rows(source, own, self.device))
 
     def _each(
         self, batches: Sequence[MicroBatch], work: Callable[[MicroBatch], Sequence[Tensor]]
@@ -120,11 +131,11 @@ class Walk:
         bf16, nvfp4 = self._lanes(name)
 
         def compare(batch: MicroBatch) -> Sequence[Tensor]:
-            h = states.read(batch.first_row, batch.last_row).double()
             shift = nvfp4.first_row - bf16.first_row
-            other = states.read(batch.first_row + shift, batch.last_row + shift).double()
+            places = ((batch.first_row + by, batch.last_row + by) for by in (0, shift))
+            h, other = (states.read(*span).to(self.device).double() for span in places)
             norm = h.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-            return ((other - h).norm(dim=1) / norm,)
+            return (((other - h).norm(dim=1) / norm).cpu(),)
 
         ratios = [ratio.numpy() for _, (ratio,) in self._each(bf16.batches, compare)]
         return clustered_mean(np.concatenate(ratios), sequence_numbers(bf16))
@@ -165,11 +176,11 @@ class Walk:
         return norm
 
     def head_blocks(self, advance: Advance) -> Iterator[Tensor]:
-        """The head's weight in blocks of consecutive vocabulary rows `[block, hidden]`, a few MB each."""
+        """The head's weight in blocks of consecutive vocabulary rows, `[block, hidden]`."""
         architecture = self.skeleton.architecture
         owner = architecture.embedding if self.skeleton.tied_head else architecture.head
         info = self.source.tensors[f"{owner}.weight"]
-        step = max(1, _HEAD_BLOCK_BYTES // (info.shape[1] * self.dtype.itemsize))
+        step = max(1, _HEAD_BLOCK_BYTES[self.device.type] // (info.shape[1] * self.dtype.itemsize))
         for start in range(0, info.shape[0], step):
             stop = min(start + step, info.shape[0])
             block = self.source.read(info.name, slice(start, stop))
@@ -177,13 +188,17 @@ class Walk:
             advance((stop - start) / info.shape[0], 0)
 
 
-def require_in_range(output: Tensor, layer: int, what: str, lane: Lane) -> None:
-    """Raises InputError where `output`, the hidden states of `what` after a layer, holds NaN or Inf."""
-    if not torch.isfinite(output).all():
-        raise InputError(
-            f"layer {layer}: hidden states of {what} leave the range of {output.dtype} in the {lane} lane; "
-            "try --compute-dtype float32, or check this layer's weights"
-        )
+def _look(layer: LaneLayer, batch: MicroBatch, rows: Tensor) -> None:
+    with suppress(SeenEnoughError):
+        layer(rows.view(batch.count, batch.length, -1))
+
+
+def out_of_range(layer: int, what: str, lane: Lane, dtype: torch.dtype) -> InputError:
+    """What to raise where the hidden states of `what` after a layer hold NaN or Inf."""
+    return InputError(
+        f"layer {layer}: hidden states of {what} leave the range of {dtype} in the {lane} lane; "
+        "try --compute-dtype float32, or check this layer's weights"
+    )
 
 
 def sequence_numbers(stream: Stream) -> np.ndarray:

@@ -9,6 +9,7 @@ from fourge.checkpoint.compressed_tensors import QuantizedLinear
 from fourge.checkpoint.layout import Layout
 from fourge.checkpoint.reader import require_finite
 from fourge.progress import WalkProgress
+from fourge.walk.ahead import read_tensor
 from fourge.walk.choices import Choices
 from fourge.walk.layer_step import StepOutput
 from fourge.walk.row_split import quantize_by_rows
@@ -19,7 +20,8 @@ class GroupReader:
     """Reads a group's tensors over those of the group before.
 
     Memory that a process touches for the first time is cleared page by page, which takes as long as to round what is
-    then read into it. So there is one block for each member of a group, as large as the largest that it held.
+    then read into it. So there is one block for each member of a group, as large as the largest that it held. What a
+    GPU takes goes through pinned memory, which is kept anyway.
     """
 
     def __init__(self, walk: Walk) -> None:
@@ -33,10 +35,13 @@ class GroupReader:
 
     def _read(self, place: int, name: str, progress: WalkProgress) -> Tensor:
         info = self.walk.source.tensors[name]
-        tensor = self.walk.source.read_into(name, self._block(place, info.nbytes))
+        if self.walk.device.type == "cpu":
+            tensor = self.walk.source.read_into(name, self._block(place, info.nbytes))
+        else:
+            tensor = read_tensor(self.walk.source, name, self.walk.device)
         require_finite(tensor, info)
         progress.advance(0.0, read=info.nbytes)
-        return tensor.to(self.walk.device)
+        return tensor
 
     def _block(self, place: int, nbytes: int) -> Tensor:
         if place == len(self._blocks):
