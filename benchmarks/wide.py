@@ -77,6 +77,7 @@ def quantize(model: Path, layers: int, options: list[str], cold: bool) -> Measur
     shutil.rmtree(output, ignore_errors=True)
     source_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     copying = None
+    os.sync()
     if cold:
         copying = copy_rate(model)
         drop_from_cache(model)
@@ -181,6 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warm", action="store_true", help="leave the source in the page cache, and copy nothing")
+    parser.add_argument("--source", type=Path, default=BUILD / "model", help="where the checkpoint is written")
     parser.add_argument("--vocab", type=int, default=128256, help="fewer: less of embedding and head to write and read")
     parser.add_argument("--shrink", type=int, default=1, help="divide every size by this: to try the benchmark itself")
     parser.add_argument("--json", type=Path, help="where to put the figures as well")
@@ -192,7 +194,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     hidden, intermediate = 16384 // options.shrink, 53248 // options.shrink
     vocab, heads = options.vocab // options.shrink, 128 // options.shrink
-    model = BUILD / "model"
+    model = options.source
+    BUILD.mkdir(parents=True, exist_ok=True)
     where = ["--device", options.device, "--threads", str(options.threads)]
     where += ["--micro-batch-tokens", str(options.micro_batch_tokens)]
     measured: dict[str, list[Measured]] = defaultdict(list)
@@ -207,9 +210,13 @@ def main() -> None:
             print(f"{name}\n{describe(measured[name][-1])}", flush=True)
             if options.json:
                 runs = {name: [asdict(run) for run in runs] for name, runs in measured.items()}
-                options.json.write_text(json.dumps({"options": {**vars(options), "json": None}, "runs": runs}) + "\n")
+                options.json.write_text(
+                    json.dumps({"options": {name: str(value) for name, value in vars(options).items()}, "runs": runs})
+                    + "\n"
+                )
     layer_bytes = (model / layer_file(0)).stat().st_size
-    shutil.rmtree(BUILD)
+    shutil.rmtree(model)
+    shutil.rmtree(BUILD, ignore_errors=True)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"\n{device}, {options.threads} threads; a layer has {layer_bytes / 1e9:.2f} GB")
     for name, runs in measured.items():
