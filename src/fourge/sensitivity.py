@@ -101,8 +101,11 @@ def sensitivity(
     began = time.monotonic()
     if recipe_file_out is not None and target_bits is None:
         raise InputError(f"--recipe-file-out {recipe_file_out}: a recipe is for a budget; name it with --target-bits")
-    arithmetic = resolve_device(device, compute_dtype, threads)
     output = Path(output)  # a script may well give a string
+    recipe_path = Path(recipe_file_out or output / _RECIPE)
+    if not recipe_path.parent.is_dir() and recipe_path.parent.resolve() != output.resolve():
+        raise InputError(f"--recipe-file-out {recipe_path}: its folder is not there; make it, or name another")
+    arithmetic = resolve_device(device, compute_dtype, threads)
     settings = QuantizeSettings(
         model=model,
         revision=revision,
@@ -141,7 +144,7 @@ def sensitivity(
     _write_table(run, layers, groups, data)
     mixture = None
     if target_bits is not None:
-        mixture = _write_mixture(run, groups, target_bits, Path(recipe_file_out or output / _RECIPE))
+        mixture = _write_mixture(run, groups, target_bits, recipe_path)
     return SensitivityResult(
         output=output,
         scheme=scheme,
@@ -190,7 +193,5 @@ def _write_mixture(
         f"{mixture.bits:.4f} bits a weight, of {target_bits:g} asked for: picked by {TABLE}.\n"
         f"fourge quantize MODEL -o OUT --recipe-file THIS{_selection(run.quantizing.settings)}"
     )
-    if not path.parent.is_dir():
-        raise InputError(f"--recipe-file-out {path}: its folder is not there; make it, or name another")
     write_recipe_file(path, as_rules(chosen), comment)
     return mixture

@@ -238,6 +238,10 @@ def test_other_settings_are_another_walk(one_sensitive: Path, found: fourge.Sens
         ({"target_bits": 4.4}, r"--target-bits 4.4: this model takes 4.5 \(all in NVFP4\) to less than 16"),
         ({"target_bits": 16.0}, r"--target-bits 16: this model takes 4.5"),
         ({"recipe_file_out": Path("r.yaml")}, "--recipe-file-out r.yaml: a recipe is for a budget"),
+        (
+            {"recipe_file_out": Path("no/r.yaml"), "target_bits": 5.0},
+            "--recipe-file-out no/r.yaml: its folder is not there",
+        ),
         ({"method": "gptq"}, "--method gptq: damage is measured by methods without a Hessian: max, search"),
         ({"calibration": "none"}, "--calibration none: damage is measured on text"),
         ({"num_validation_samples": 0}, "--num-validation-samples 0"),

@@ -60,15 +60,8 @@ class SensitivityRun:
                 yield folder
             except BaseException:
                 if folder.next_step == 0 and not (folder.folder / _TOKENS).exists():
-                    self._discard(folder.folder)
+                    folder.discard()
                 raise
-
-    def _discard(self, folder: Path) -> None:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-        if not any(self.output.iterdir()):
-            self.output.rmdir()
 
     def work(self, folder: WalkFolder) -> None:
         """Walks the layers that are left; a finished walk is left as it is."""

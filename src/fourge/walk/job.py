@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,8 +25,8 @@ from fourge.checkpoint.durable import fsync_directory, replace_durably, write_js
 from fourge.checkpoint.folder import PROVENANCE
 from fourge.errors import InputError
 from fourge.settings import FREE_ON_CONTINUATION, first_difference
-from fourge.walk.held_folder import Held, WalkPaths
-from fourge.walk.hidden import HiddenLayout, checksum_file
+from fourge.walk.held_folder import Held, WalkPaths, require_committed
+from fourge.walk.hidden import HiddenLayout
 
 FOLDER = ".fourge"
 INDEX = "model.safetensors.index.json"
@@ -169,13 +170,6 @@ class Job(JobFolder, Held):
             if before != now and not self.finished:
                 self.events.append({"event": "continued", "setting": setting, "before": before, "now": now})
 
-    def discard(self) -> None:
-        """Takes back a job in which nothing was committed: its folder, and the output if that leaves it empty."""
-        assert not self.records
-        shutil.rmtree(self.folder)
-        if not any(self.output.iterdir()):
-            self.output.rmdir()
-
     # Committing
 
     @property
@@ -220,25 +214,13 @@ class Job(JobFolder, Held):
 
         `checked` is called with the name of every shard that was found as it should be.
         """
-        mend = "the job cannot go on from here: start over with --restart"
         for record in self.records:
             path = self.output / record.shard
-            if not path.is_file():
-                raise InputError(f"{path} was committed and is gone; {mend}")
-            if path.stat().st_size != record.size:
-                raise InputError(f"{path} has {path.stat().st_size} bytes, {record.size} were committed; {mend}")
-            if sha256_file(path) != record.sha256:
-                raise InputError(f"{path} is not what was committed (its SHA-256 differs); {mend}")
+            require_committed(path, record.size, "SHA-256", partial(sha256_file, path), record.sha256)
             checked(record.shard)
-        if not self.records or hidden is None or self.records[-1].hidden_checksum is None:
-            return
-        path = self.hidden_path(self.next_step)
-        if not path.is_file():
-            raise InputError(f"{path} was committed and is gone; {mend}")
-        if path.stat().st_size != hidden.nbytes:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, {hidden.nbytes} were committed; {mend}")
-        if checksum_file(path, hidden) != self.records[-1].hidden_checksum:
-            raise InputError(f"{path} is not what was committed (its checksum differs); {mend}")
+        checksum = self.records[-1].hidden_checksum if self.records else None
+        if hidden is not None and checksum is not None:
+            self._require_hidden(hidden, checksum)
 
     def remove_leftovers(self) -> None:
         """Deletes what a killed run left: temporary files, and hidden states that no step will read any more."""

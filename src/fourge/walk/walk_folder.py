@@ -23,7 +23,7 @@ from fourge.checkpoint.durable import replace_durably, write_json
 from fourge.errors import InputError
 from fourge.settings import first_difference
 from fourge.walk.held_folder import Held
-from fourge.walk.hidden import HiddenLayout, checksum_file
+from fourge.walk.hidden import HiddenLayout
 
 
 class WalkFolder(Held):
@@ -78,16 +78,7 @@ class WalkFolder(Held):
 
     def check_hidden(self, layout: HiddenLayout) -> None:
         """Reads back the hidden states that come next; InputError where they are not what was committed."""
-        path = self.hidden_path(self.next_step)
-        state = None
-        if not path.is_file():
-            state = "is gone"
-        elif path.stat().st_size != layout.nbytes:
-            state = f"has {path.stat().st_size} bytes, not {layout.nbytes}"
-        elif checksum_file(path, layout) != self.checksums[-1]:
-            state = "is not what was written (its checksum differs)"
-        if state is not None:
-            raise InputError(f"{path} {state}; the walk cannot go on from here: start over with --restart")
+        self._require_hidden(layout, self.checksums[-1])
 
     def commit_hidden(self, checksum: int, measures: Any = None) -> None:
         """Commits step `next_step`, whose hidden states lie whole and forced to disk in `hidden_temporary`."""
