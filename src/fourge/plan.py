@@ -83,6 +83,11 @@ class PlanReport:
     quantizing: "QuantizingCost | None"
     notes: tuple[str, ...]
 
+    @property
+    def schemes(self) -> list[str]:
+        """Every one by itself."""
+        return self.scheme.split(" + ")
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="A checkpoint directory, a config.json, or a hub id.")],

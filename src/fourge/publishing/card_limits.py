@@ -22,7 +22,7 @@ def limitations(card: CardFacts) -> Section:
 
 def _of_the_arithmetic(card: CardFacts) -> Iterator[str]:
     plan = card.evidence.plan
-    if plan is None or "NVFP4" not in plan.scheme.split(" + "):
+    if plan is None or "NVFP4" not in plan.schemes:
         return
     weight_only = [fit.gpu for fit in plan.gpus if fit.kernel is not None and fit.kernel.startswith("Marlin")]
     yield (

@@ -97,7 +97,7 @@ def _pipeline_tag(card: CardFacts) -> str | None:
 
 def _tags(card: CardFacts) -> list[str]:
     plan, model_type = card.evidence.plan, card.evidence.config.get("model_type")
-    schemes = ["NVFP4"] if plan is None else plan.scheme.split(" + ")
+    schemes = ["NVFP4"] if plan is None else plan.schemes
     kinds = [_TAGS[scheme] for scheme in schemes]
     tags = [
         "fourge",

@@ -86,7 +86,7 @@ def _model_rows(card: CardFacts) -> list[tuple[str, str]]:
             f"{architecture}: {sizes.num_layers} layers, {sizes.num_attention_heads} attention heads, "
             f"{sizes.num_key_value_heads} key-value heads",
         ),
-        ("Scheme", "; some Linears in ".join(_SCHEMES[scheme] for scheme in plan.scheme.split(" + "))),
+        ("Scheme", "; some Linears in ".join(_SCHEMES[scheme] for scheme in plan.schemes)),
     ]
 
 
