@@ -6,8 +6,9 @@ arrays; BF16 comes and goes as its bits, uint16, anything else as FP32. Rows kno
 is released, so rows may be split over threads.
 
 Written for the compiler's vectorizer: inner loops start at 0, run over one-dimensional buffers, and are not unrolled
-(hence `group`, always 16 and yet an argument). Numba takes a bare 6 for an int64 and 6.0 for a float64, and would
-compute in those; hence the constants.
+(hence `group` and `lanes`, always the same and yet arguments). A call that is not inlined counts references to every
+array that it is given, which takes longer than a short loop. Numba takes a bare 6 for an int64 and 6.0 for a float64,
+and would compute in those; hence the constants.
 """
 
 from typing import Any
@@ -18,8 +19,12 @@ from numba.extending import overload
 
 from fourge.nvfp4.reference import E2M1_MAX, E4M3_MAX, ZERO_SCALE, e4m3_encode
 
-LANES = 32
+LANES = 64
 """Groups that are searched side by side: several vector registers full, and all of it within the first cache."""
+
+PLACES = np.array([0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15])
+"""Where each of a group's 16 values lies among those of all lanes: the bits of its number in reverse, so that pairs,
+and pairs of pairs, lie half of everything apart, and are summed in one loop. Its own inverse."""
 
 _ZERO, _HALF, _TWO, _FOUR, _SIX = (np.float32(x) for x in (0, 0.5, 2, 4, E2M1_MAX))
 _INFINITY_BITS = np.int32(0x7F800000)
@@ -36,7 +41,7 @@ _SMALLEST, _FIRST_NORMAL, _LARGEST = np.int32(1), np.int32(8), np.int32(126)
 _ZERO_SCALE = np.int32(e4m3_encode(ZERO_SCALE))
 
 # Division by zero gives IEEE's answer: raising instead would be a branch in every loop.
-_inlined = njit(error_model="numpy", nogil=True)
+_inlined = njit(error_model="numpy", nogil=True, forceinline=True)
 _kernel = njit(error_model="numpy", nogil=True, cache=True)
 
 
@@ -202,107 +207,151 @@ def fake_quantize(x: Any, global_scale: np.float32, result: Any, group: int, sta
 
 
 @_inlined
-def _sum_errors(magnitudes, h, steps, terms):
-    """Leaves Σ h (ŵ − w)² of each lane in `terms[0]`; all are `[16, lanes]`, `steps` `[lanes]`. Signs do not matter."""
-    for j in range(16):
-        for lane in range(len(steps)):
-            scaled = min(magnitudes[j, lane] / steps[lane], _SIX)
-            rounder = _rounder(scaled)
-            residual = ((scaled + rounder) - rounder) * steps[lane] - magnitudes[j, lane]
-            terms[j, lane] = residual * residual * h[j, lane]
-    _sum_pairs(terms)
+def _error_term(magnitude, step, h):
+    scaled = min(magnitude / step, _SIX)
+    rounder = _rounder(scaled)
+    residual = ((scaled + rounder) - rounder) * step - magnitude
+    return residual * residual * h
 
 
 @_inlined
-def _sum_clipping(magnitudes, h, steps, terms):
-    """Leaves Σ h max(|w| − 6 step, 0)² of each lane in `terms[0]`."""
-    for j in range(16):
-        for lane in range(len(steps)):
-            above = max(magnitudes[j, lane] - _SIX * steps[lane], _ZERO)
-            terms[j, lane] = above * above * h[j, lane]
-    _sum_pairs(terms)
+def _clipping_term(magnitude, step, h):
+    above = max(magnitude - _SIX * step, _ZERO)
+    return above * above * h
 
 
 @_inlined
-def _sum_pairs(terms):
-    """Sums of pairs, of pairs of pairs, and so on, for each lane of `[16, lanes]`."""
-    count = 8
-    while count:
-        for j in range(count):
-            for lane in range(terms.shape[1]):
-                terms[j, lane] = terms[2 * j, lane] + terms[2 * j + 1, lane]
+def _sum_errors(even, odd, even_h, odd_h, steps, sums):
+    """Leaves Σ h (ŵ − w)² of each lane in the first of `sums`; all are `[8 · lanes]`. Signs do not matter."""
+    for i in range(len(steps)):
+        sums[i] = _error_term(even[i], steps[i], even_h[i]) + _error_term(odd[i], steps[i], odd_h[i])
+    _sum_halves(sums)
+
+
+@_inlined
+def _sum_clipping(even, odd, even_h, odd_h, steps, sums):
+    """Leaves Σ h max(|w| − 6 step, 0)² of each lane in the first of `sums`."""
+    for i in range(len(steps)):
+        sums[i] = _clipping_term(even[i], steps[i], even_h[i]) + _clipping_term(odd[i], steps[i], odd_h[i])
+    _sum_halves(sums)
+
+
+@_inlined
+def _sum_halves(sums):
+    """Sums of pairs of pairs, and so on, for each lane of the sums of pairs: see `PLACES`."""
+    count = len(sums)
+    for _ in range(3):
         count //= 2
-
-
-@_inlined
-def _try_codes(codes, alive, first, global_scale, magnitudes, h, steps, terms, best, least):
-    """Takes the code of each lane that is `alive` where it errs less than the best so far, or is the `first`."""
-    _set_steps(codes, global_scale, steps)
-    _sum_errors(magnitudes, h, steps, terms)
-    for lane in range(LANES):
-        better = alive[lane] & (first | (terms[0, lane] < least[lane]))
-        best[lane] = codes[lane] if better else best[lane]
-        least[lane] = terms[0, lane] if better else least[lane]
+        for i in range(count):
+            sums[i] = sums[i] + sums[count + i]
 
 
 @_inlined
 def _set_steps(codes, global_scale, steps):
-    for lane in range(LANES):
-        steps[lane] = _e4m3_value(codes[lane]) / global_scale
+    """The step of each lane, once for each of its eight pairs."""
+    lanes = len(codes)
+    for lane in range(lanes):
+        steps[lane] = _e4m3_value(np.int32(codes[lane])) / global_scale
+    while lanes < len(steps):
+        for lane in range(lanes):
+            steps[lanes + lane] = steps[lane]
+        lanes *= 2
+
+
+@_inlined
+def _try_steps(codes, alive, first, even, odd, even_h, odd_h, steps, sums, best, least):
+    """Takes the code of each lane that is `alive` where its step errs less than the best so far, or is the `first`."""
+    _sum_errors(even, odd, even_h, odd_h, steps, sums)
+    for lane in range(len(codes)):
+        better = alive[lane] & (first | (sums[lane] < least[lane]))
+        best[lane] = np.int32(codes[lane] if better else best[lane])
+        least[lane] = sums[lane] if better else least[lane]
+
+
+@_inlined
+def _spread(values, first, magnitudes):
+    """The groups of `values` from `first` on as `magnitudes` `[16, lanes]`."""
+    for lane in range(magnitudes.shape[1]):
+        for j in range(16):
+            magnitudes[PLACES[j], lane] = abs(values[first + lane * 16 + j])
+
+
+@_inlined
+def _start(magnitudes, global_scale, codes, begin):
+    """The max scale's code of each lane, and the one that is tried around; true where they differ anywhere."""
+    differ = False
+    for lane in range(len(codes)):
+        largest = magnitudes[0, lane]
+        for j in range(1, 16):
+            largest = max(largest, magnitudes[j, lane])
+        codes[lane] = _max_scale_code(largest, global_scale)
+        begin[lane] = max(codes[lane], _FIRST_NORMAL)
+        differ |= begin[lane] != codes[lane]
+    return differ
+
+
+@_inlined
+def _go_down(begin, distance, codes, alive):
+    """Codes `distance` below; a lane that comes to the end is not alive."""
+    for lane in range(len(codes)):
+        code = np.int32(begin[lane] - distance)
+        alive[lane] &= code >= _SMALLEST
+        codes[lane] = max(code, _SMALLEST)
+
+
+@_inlined
+def _may_gain(clipping, least, alive):
+    """Leaves alive the lanes whose clipping alone costs less than their best so far; whether there are any."""
+    any_alive = False
+    for lane in range(len(least)):
+        alive[lane] &= clipping[lane] < least[lane]
+        any_alive |= alive[lane]
+    return any_alive
 
 
 @_kernel
-def search(weight: Any, global_scale: np.float32, h: Any, offsets: Any, scales: Any, start: int, stop: int) -> None:
+def search(
+    weight: Any, global_scale: np.float32, h: Any, offsets: Any, scales: Any, lanes: int, start: int, stop: int
+) -> None:
     """The best scales of FP32 `weight` `[N, K]`, FP32 `[N, K/16]`: see `scale_search.py`.
 
-    `h` FP32 `[chunks, 16, LANES]`, the groups' weights a lane each; `offsets` int32, what to try around the start, in
-    order, the max scale itself before them. All lanes go down together until none of them may gain; the last chunk's
-    lanes beyond K/16 compute with zeros and are left out.
+    `h` FP32 `[chunks, 2, 8 · lanes]`, the groups' weights a lane each, in the order of `PLACES`; `offsets` int32, what
+    to try around the start, in order, the max scale itself before them. All lanes go down together until none of them
+    may gain; the last chunk's lanes beyond K/16 compute with zeros and are left out.
     """
-    values = np.zeros(len(h) * LANES * 16, np.float32)
-    magnitudes, terms = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
-    steps, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    begin, codes, best = np.empty(LANES, np.int32), np.empty(LANES, np.int32), np.empty(LANES, np.int32)
-    alive = np.empty(LANES, np.bool_)
-    trials = len(offsets) + 1
-    lowest = offsets.min()
+    values = np.zeros(len(h) * lanes * 16, np.float32)
+    magnitudes = np.empty((16, lanes), np.float32)
+    even, odd = magnitudes[:8].reshape(8 * lanes), magnitudes[8:].reshape(8 * lanes)
+    steps, sums = np.empty(8 * lanes, np.float32), np.empty(8 * lanes, np.float32)
+    least, alive = np.empty(lanes, np.float32), np.empty(lanes, np.bool_)
+    begin, codes, best = np.empty(lanes, np.int32), np.empty(lanes, np.int32), np.empty(lanes, np.int32)
     for n in range(start, stop):
         values[: weight.shape[1]] = weight[n]
         for chunk in range(len(h)):
-            weights = h[chunk]
-            for lane in range(LANES):
-                for j in range(16):
-                    magnitudes[j, lane] = abs(values[(chunk * LANES + lane) * 16 + j])
-            for lane in range(LANES):
-                largest = magnitudes[0, lane]
-                for j in range(1, 16):
-                    largest = max(largest, magnitudes[j, lane])
-                codes[lane] = _max_scale_code(largest, global_scale)
-                begin[lane] = max(codes[lane], _FIRST_NORMAL)
-                best[lane] = codes[lane]
-                least[lane] = _ZERO
-                alive[lane] = True
-            going = True
-            trial = 0
-            while going:
-                if 0 < trial < trials:
-                    for lane in range(LANES):
-                        codes[lane] = min(max(begin[lane] + offsets[trial - 1], _SMALLEST), _LARGEST)
-                elif trial >= trials:
-                    going = False
-                    for lane in range(LANES):
-                        below = begin[lane] + lowest - np.int32(trial - trials + 1)
-                        alive[lane] &= below >= _SMALLEST
-                        codes[lane] = max(below, _SMALLEST)
-                    _set_steps(codes, global_scale, steps)
-                    _sum_clipping(magnitudes, weights, steps, terms)
-                    for lane in range(LANES):
-                        alive[lane] &= terms[0, lane] < least[lane]
-                        going |= alive[lane]
-                _try_codes(codes, alive, trial == 0, global_scale, magnitudes, weights, steps, terms, best, least)
-                trial += 1
-            for lane in range(min(LANES, scales.shape[1] - chunk * LANES)):
-                scales[n, chunk * LANES + lane] = _e4m3_value(best[lane])
+            even_h, odd_h = h[chunk, 0], h[chunk, 1]
+            _spread(values, chunk * lanes * 16, magnitudes)
+            moved = _start(magnitudes, global_scale, codes, begin)
+            alive[:] = True
+            _set_steps(codes, global_scale, steps)
+            _try_steps(codes, alive, True, even, odd, even_h, odd_h, steps, sums, best, least)
+            for offset in offsets:
+                if offset == 0 and not moved:
+                    continue  # the max scale itself
+                for lane in range(lanes):
+                    codes[lane] = min(max(np.int32(begin[lane] + offset), _SMALLEST), _LARGEST)
+                _set_steps(codes, global_scale, steps)
+                _try_steps(codes, alive, False, even, odd, even_h, odd_h, steps, sums, best, least)
+            distance = -offsets.min()
+            while True:
+                distance += 1
+                _go_down(begin, distance, codes, alive)
+                _set_steps(codes, global_scale, steps)
+                _sum_clipping(even, odd, even_h, odd_h, steps, sums)
+                if not _may_gain(sums, least, alive):
+                    break
+                _try_steps(codes, alive, False, even, odd, even_h, odd_h, steps, sums, best, least)
+            for lane in range(min(lanes, scales.shape[1] - chunk * lanes)):
+                scales[n, chunk * lanes + lane] = _e4m3_value(best[lane])
 
 
 @_kernel

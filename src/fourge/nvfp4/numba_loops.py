@@ -72,7 +72,7 @@ def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) 
     lanes = kernels.LANES
     padded = torch.zeros(-(-groups // lanes) * lanes, GROUP_SIZE)
     padded[:groups] = h.view(groups, GROUP_SIZE)
-    h_by_lane = padded.view(-1, lanes, GROUP_SIZE).transpose(1, 2).contiguous()
+    h_by_lane = padded.view(-1, lanes, GROUP_SIZE)[..., kernels.PLACES].transpose(1, 2).reshape(-1, 2, 8 * lanes)
     arguments = _number(global_scale), h_by_lane.numpy(), np.array(offsets, np.int32)
     _by_rows(_search_rows, *weight.shape, _array(weight), arguments, scales.numpy())
     return scales
@@ -89,7 +89,7 @@ def _search_rows(weight: Any, arguments: tuple[Any, ...], scales: Any, start: in
             np.left_shift(weight[rows], 16, out=block.view(np.uint32), dtype=np.uint32)
         else:
             block[...] = weight[rows]
-        kernels.search(block, *arguments, scales[rows], 0, len(block))
+        kernels.search(block, *arguments, scales[rows], kernels.LANES, 0, len(block))
 
 
 def replay_group(

@@ -79,8 +79,12 @@ class LaneLinear(nn.Module):
         if step >= out_features or (isinstance(self.stored, Tensor) and self.stored.dtype == x.dtype):
             return nn.functional.linear(x, self._rows(slice(None), x.dtype), self.bias)
         y = x.new_empty(*x.shape[:-1], out_features)
+        inputs, outputs = x.reshape(-1, in_features), y.view(-1, out_features)
         for start in range(0, out_features, step):
             rows = slice(start, min(start + step, out_features))
-            bias = None if self.bias is None else self.bias[rows]
-            y[..., rows] = nn.functional.linear(x, self._rows(rows, x.dtype), bias)
+            weight, out = self._rows(rows, x.dtype).T, outputs[:, rows]
+            if self.bias is None:
+                torch.mm(inputs, weight, out=out)
+            else:
+                torch.addmm(self.bias[rows], inputs, weight, out=out)
         return y
