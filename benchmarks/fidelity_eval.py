@@ -1,9 +1,9 @@
 """How far a quantized checkpoint is from its source on held-out tokens, measured without any of our own code.
 
-    python fidelity_eval.py SOURCE QUANTIZED TOKENS.safetensors [--cache DIRECTORY]
+    python fidelity_eval.py SOURCE QUANTIZED TOKENS.safetensors [--cache DIRECTORY] [--device cuda]
 
-Loads both by transformers, the quantized one through compressed-tensors, and computes in FP32: with inputs quantized as
-the checkpoint says (W4A4), and with inputs left alone (W4A16). Prints one JSON line.
+Loads both by transformers, the quantized one through compressed-tensors, and computes in FP32 (TF32 off), the measures
+in FP64: with inputs quantized as the checkpoint says (W4A4), and with inputs left alone (W4A16). Prints one JSON line.
 """
 
 import argparse
@@ -35,23 +35,23 @@ def read_probe(path: Path) -> list[Tensor]:
 def decode(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     """FP32 `[N, K]` from codes `[N, K/2]` (low half first), group scales `[N, K/16]` and their divisor `[1]`."""
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-    return E2M1[codes.int()] * (scale.float() / global_scale.float()).repeat_interleave(GROUP, dim=1)
+    return E2M1.to(packed.device)[codes.int()] * (scale.float() / global_scale.float()).repeat_interleave(GROUP, dim=1)
 
 
-def load_source(directory: str) -> Any:
+def load_source(directory: str, device: str) -> Any:
     """The source in FP32 arithmetic."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().to(device)
 
 
-def load_quantized(directory: str) -> Any:
+def load_quantized(directory: str, device: str) -> Any:
     """The checkpoint in FP32 arithmetic, its inputs quantized by compressed-tensors.
 
     compressed-tensors rounds the weights that it decompresses to BF16. A tensor core multiplies codes and scales
     as they are, so the weights are put back in FP32, once they have been found equal up to that rounding.
     """
-    model = load_source(directory)
+    model = load_source(directory, device)
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "weight_packed")}
     exact = {
         name: decode(module.weight_packed.data, module.weight_scale.data, module.weight_global_scale.data)
@@ -74,23 +74,30 @@ def quantize_inputs(model: Any, enabled: bool) -> None:
 
 @torch.no_grad()
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
-    """FP32 `[length, vocabulary]`."""
-    logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+    """FP32 `[length, vocabulary]`, on the model's device."""
+    logits: Tensor = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0]
     return logits
 
 
-def cached_logits(directory: str, sequences: list[Tensor], cache: Path) -> Iterator[Tensor]:
-    """The source's logits of each sequence; the model is loaded only where one of them is not in the cache yet."""
+def source_logits(directory: str, sequences: list[Tensor], cache: Path | None, device: str) -> Iterator[Tensor]:
+    """The source's logits of each sequence, from the cache where there is one.
+
+    Then the model is loaded only where one of them is not there yet.
+    """
+    if cache is None:
+        model = load_source(directory, device)
+        yield from (logits_of(model, tokens) for tokens in sequences)
+        return
     cache.mkdir(parents=True, exist_ok=True)
     model = None
     for number, tokens in enumerate(sequences):
         path = cache / f"{number:04d}.npy"
         if not path.exists():
-            model = model or load_source(directory)
+            model = model or load_source(directory, device)
             partial = path.with_suffix(".partial.npy")
-            np.save(partial, logits_of(model, tokens).numpy())
+            np.save(partial, logits_of(model, tokens).cpu().numpy())
             partial.replace(path)
-        yield torch.from_numpy(np.load(path))
+        yield torch.from_numpy(np.load(path)).to(device)
 
 
 @dataclass
@@ -105,9 +112,9 @@ class Scores:
 
     def add(self, source: Tensor, quantized: Tensor, tokens: Tensor) -> None:
         """Both logits `[length, vocabulary]`; row t predicts token t + 1, the last row nothing."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device=source.device)
         rows = zip(*(part[:-1].split(ROWS_AT_ONCE) for part in (source, quantized)), strict=True)
-        for (before, after), truth in zip(rows, tokens[1:].split(ROWS_AT_ONCE), strict=True):
+        for (before, after), truth in zip(rows, tokens[1:].to(source.device).split(ROWS_AT_ONCE), strict=True):
             p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
             kl = (p.exp() * (p - q)).sum()
             agree = (before.argmax(-1) == after.argmax(-1)).sum()
@@ -144,12 +151,13 @@ def clustered_mean(sums: Any, counts: Any) -> tuple[float, float]:
     return float(mean), float(spread**0.5 / counts.sum())
 
 
-def evaluate(source: str, quantized: str, tokens: Path, cache: Path) -> dict[str, Any]:
+def evaluate(source: str, quantized: str, tokens: Path, cache: Path | None, device: str = "cpu") -> dict[str, Any]:
     """The summaries of `W4A4` and `W4A16`."""
     sequences = read_probe(tokens)
-    model = load_quantized(quantized)
+    model = load_quantized(quantized, device)
     scores = {"W4A4": Scores(), "W4A16": Scores()}
-    for number, (ids, reference) in enumerate(zip(sequences, cached_logits(source, sequences, cache), strict=True), 1):
+    references = source_logits(source, sequences, cache, device)
+    for number, (ids, reference) in enumerate(zip(sequences, references, strict=True), 1):
         for name, score in scores.items():
             quantize_inputs(model, name == "W4A4")
             score.add(reference, logits_of(model, ids), ids)
@@ -163,12 +171,16 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("quantized")
     parser.add_argument("tokens", type=Path)
-    parser.add_argument("--cache", type=Path, required=True, help="where the source's logits are kept between runs")
+    parser.add_argument("--cache", type=Path, help="where the source's logits are kept between runs; else in memory")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(json.dumps(evaluate(options.source, options.quantized, options.tokens, options.cache)))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    scores = evaluate(options.source, options.quantized, options.tokens, options.cache, options.device)
+    print(json.dumps(scores))
 
 
 if __name__ == "__main__":

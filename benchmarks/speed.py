@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fidelity import run_measured
+from measured import run_measured
 from synthetic import add_tokenizer, llama_config, write_llama
 
 ROOT = Path(__file__).resolve().parents[1]

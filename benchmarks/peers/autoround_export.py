@@ -29,7 +29,7 @@ def main() -> None:
         iters=options.iterations,
         seqlen=min(map(len, sequences)),
         nsamples=len(sequences),
-        device_map="cpu",
+        device_map=options.device,
     )
     with tempfile.TemporaryDirectory(dir=Path(options.output).parent) as folder:
         # It writes into a folder whose name it makes up.

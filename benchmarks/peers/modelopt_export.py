@@ -42,16 +42,16 @@ def main() -> None:
     options = parse_arguments(__doc__, RECIPES)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not torch.cuda.is_available():
+    if options.device == "cpu":
         modelopt_on_cpu.install()
-    sequences = [torch.tensor([sequence]) for sequence in read_calibration(options.tokens)]
+    sequences = [torch.tensor([sequence], device=options.device) for sequence in read_calibration(options.tokens)]
 
     def calibrate(model: torch.nn.Module) -> None:
         for sequence in sequences:
             model(sequence, use_cache=False)
 
     began = time.monotonic()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(options.device)
     model = mtq.quantize(model, configuration(options.recipe, options.scheme), calibrate)
     calibrated = time.monotonic()
     export_hf_checkpoint(model, export_dir=options.output)
