@@ -103,7 +103,7 @@ class Bench:
         return run_measured(arguments, self.log(cell), self.options.timeout)
 
     def evaluator(self, checkpoint: Path) -> list[str]:
-        """The command that scores a checkpoint. Only a CPU wants the source's logits kept: a GPU is faster than a disk."""
+        """The command that scores a checkpoint. A CPU keeps the source's logits; a GPU is faster than a disk."""
         options = self.options
         arguments = [str(HERE / "fidelity_eval.py"), str(options.model), str(checkpoint), str(self.tokens)]
         arguments += ["--threads", str(options.threads), "--device", options.device]

@@ -2,9 +2,10 @@
 
     python benchmarks/train_llama.py OUTPUT TEXT... [--steps 2000] [--device cuda]
 
-The last tenth of every text is held out of the training and of the tokenizer, and written to OUTPUT-held-out/ as
-`calibration.txt` (its first halves) and `probe.txt` (its second halves). A run that was stopped continues from
-OUTPUT-state.pt; the batches depend on the seed and the step alone, so it sees the ones that it would have seen.
+The last part of every text (`--held-out`, a tenth) is held out of the training and of the tokenizer, and written to
+OUTPUT-held-out/ as `calibration.txt` (its first halves) and `probe.txt` (its second halves). A run that was stopped
+continues from OUTPUT-state.pt; the batches depend on the seed and the step alone, so it sees the ones that it would
+have seen.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 BOS, EOS = "<s>", "</s>"
 
 
-def split_text(text: str) -> tuple[str, str, str]:
-    """Training (nine tenths), calibration and probe (a twentieth each), in the order of the text."""
-    first, second = len(text) * 18 // 20, len(text) * 19 // 20
+def split_text(text: str, held_out: float) -> tuple[str, str, str]:
+    """Training, calibration and probe (half of the share `held_out` each), in the order of the text."""
+    first, second = (round(len(text) * (1 - share)) for share in (held_out, held_out / 2))
     return text[:first], text[first:second], text[second:]
 
 
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of every text")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="the highest learning rate")
     parser.add_argument("--every", type=int, default=100, help="steps between held-out losses and saved states")
@@ -169,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    parts = [split_text(path.read_text(encoding="utf-8")) for path in options.texts]
+    parts = [split_text(path.read_text(encoding="utf-8"), options.held_out) for path in options.texts]
     held_out_folder = Path(f"{options.output}-held-out")
     held_out_folder.mkdir(parents=True, exist_ok=True)
     (held_out_folder / "calibration.txt").write_text("".join(part[1] for part in parts), encoding="utf-8")
