@@ -13,6 +13,7 @@ COLUMNS = (
     "perplexity / BF16's",
     "KL, W4A16",
     "of `max`'s",
+    "seconds",
     "CPU seconds",
     "peak RSS",
 )
@@ -33,7 +34,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "`max` of ours is missing: run it first."
     done.sort(key=lambda row: -row["scores"]["W4A4"]["kl"][0])
     lines = [COLUMNS, ("---",) * len(COLUMNS), *(_line(row, bases[0]) for row in done)]
-    lines += [(row["tool"], row["label"], "failed", *("",) * 7) for row in rows if "scores" not in row]
+    rest = ("",) * (len(COLUMNS) - 3)
+    lines += [(row["tool"], row["label"], f"failed: {row['failed']}", *rest) for row in rows if "scores" not in row]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -50,6 +52,7 @@ def _line(row: dict[str, Any], base: dict[str, Any]) -> tuple[str, ...]:
         _with_error(full["perplexity_ratio"], 3),
         _with_error(weights["kl"], 4),
         f"{weights['kl'][0] / base['W4A16']['kl'][0]:.2f}",
+        f"{row['seconds']:.0f}",
         f"{row['cpu_seconds']:.0f}",
         f"{row['peak_resident_bytes'] / 1e9:.2f} GB",
     )

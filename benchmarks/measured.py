@@ -39,7 +39,12 @@ def run_measured(command: list[str], log: Path, timeout: float | None = None) ->
         with _lock:
             _running.add(process.pid)
         expired = threading.Event()
-        clock = threading.Timer(timeout or threading.TIMEOUT_MAX, lambda: (expired.set(), _kill(process.pid)))
+
+        def expire() -> None:
+            expired.set()
+            _kill(process.pid)
+
+        clock = threading.Timer(timeout or threading.TIMEOUT_MAX, expire)
         clock.daemon = True
         clock.start()
         try:

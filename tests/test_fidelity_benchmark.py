@@ -1,6 +1,7 @@
 """The benchmark's evaluator measures what it says: against textbook sums, and against the walk's own figures."""
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import fourge
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import fidelity_eval
 from fidelity_table import table
+from measured import run_measured
 
 GRID = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
@@ -104,10 +106,22 @@ def test_table_compares_with_our_max() -> None:
     def row(tool: str, label: str, kl: float) -> dict[str, Any]:
         scores = {"kl": [kl, 0.01], "top1": [0.5, 0.01], "perplexity_ratio": [1.5, 0.1]}
         both = {"W4A4": scores, "W4A16": scores}
-        cost = {"cpu_seconds": 3.0, "peak_resident_bytes": 10**9, "validation_tokens": 0}
+        cost = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_resident_bytes": 10**9, "validation_tokens": 0}
         return {"tool": tool, "label": label, "scores": both, **cost}
 
     rows = [row("fourge", "replay", 0.1), {"tool": "x", "label": "y", "failed": 1}, row("fourge", "max", 0.4)]
     lines = table(rows).splitlines()[2:]
     assert [line.split(" | ")[3] for line in lines[:2]] == ["1.00", "0.25"]
-    assert lines[2].startswith("| x | y | failed |")
+    assert lines[2].startswith("| x | y | failed: 1 |")
+
+
+def test_a_row_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    """The grandchild holds the pipe that is read to its end: left alive, it would hold the row too."""
+    spawn = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_measured([sys.executable, "-c", spawn], tmp_path / "log", timeout=0.5)
+    done = run_measured([sys.executable, "-c", "print(1); print(2)"], tmp_path / "log", timeout=60)
+    assert done.last_line == "2" and done.peak_bytes > 1e6
+    with pytest.raises(subprocess.CalledProcessError):
+        run_measured([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")
+    assert (tmp_path / "log").read_text().count("$ ") == 3
