@@ -31,6 +31,10 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "fidelity"
 
 
+class OtherTokensError(Exception):
+    """A row on other tokens than the rest: give another `--name`, or delete the results."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """One model's sitting: where things lie and how the tools are run."""
@@ -51,13 +55,14 @@ class Bench:
         return self.results / "tokens.safetensors"
 
     def run(self) -> None:
-        """Every row that has no result yet: the first alone, its tokens are everybody's, then `--jobs` at once."""
+        """Every row that has no result yet, `--jobs` at once; the first alone where it chooses everybody's tokens."""
         self.results.mkdir(parents=True, exist_ok=True)
-        first, *others = cells(self.options)
-        self.settle(first)
+        rows = cells(self.options)
+        if not self.tokens.exists():
+            self.settle(rows.pop(0))
         with ThreadPoolExecutor(self.options.jobs) as pool:
             try:
-                list(pool.map(self.settle, others))
+                list(pool.map(self.settle, rows))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 kill_running()
@@ -69,14 +74,12 @@ class Bench:
         if file.exists() and not (self.options.again and re.search(self.options.only, cell.name)):
             return
         print(f"{self.name}: {cell.tool}, {cell.label} …", flush=True)
-        failed: int | str
         try:
             result = self.measure(cell)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        except (subprocess.SubprocessError, OtherTokensError) as error:
             # A tool that cannot do it is a finding, and no reason to lose the other rows.
-            failed = error.returncode if isinstance(error, subprocess.CalledProcessError) else "timeout"
-            print(f"{self.name}: {cell.tool}, {cell.label} failed ({failed}); see {self.log(cell)}", flush=True)
-            result = {"failed": failed}
+            result = {"failed": reason(error)}
+            print(f"{self.name}: {cell.tool}, {cell.label} failed ({reason(error)}); see {self.log(cell)}", flush=True)
         setting = {"device": self.options.device, "jobs": self.options.jobs}
         file.write_text(json.dumps({"tool": cell.tool, "label": cell.label, **setting, **result}, indent=1))
 
@@ -121,7 +124,7 @@ class Bench:
         return converted
 
     def keep_tokens(self, made: Path) -> int:
-        """The first run's tokens are everybody's; a later run that chose others is an error, not a row.
+        """The first run's tokens are everybody's; raises OtherTokensError where a later run chose others.
 
         Returns how many validation tokens this run of ours had besides, for what it decides on held-out text.
         """
@@ -130,8 +133,15 @@ class Bench:
         ours, theirs = load_file(made), load_file(self.tokens)
         for role in ("calibration", "probe"):
             if ours[f"{role}.tokens"].tobytes() != theirs[f"{role}.tokens"].tobytes():
-                sys.exit(f"{self.tokens} holds other {role} tokens; give another --name, or delete {self.results}")
+                raise OtherTokensError(f"{self.tokens} holds other {role} tokens")
         return sum(len(tokens) for name, tokens in ours.items() if name == "validation.tokens")
+
+
+def reason(error: Exception) -> str:
+    """Why a row failed, in a few words."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"exit code {error.returncode}"
+    return "timeout" if isinstance(error, subprocess.TimeoutExpired) else str(error)
 
 
 def main() -> None:
@@ -144,12 +154,14 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=16, help="held-out sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours: a GPU wants more at once")
     parser.add_argument("--methods", nargs="*", default=["max", "search", "gptq", "replay"], help="of ours, with flags")
     parser.add_argument("--llmcompressor-python", dest="llm-compressor")
     parser.add_argument("--modelopt-python", dest="Model-Optimizer")
     parser.add_argument("--autoround-python", dest="AutoRound")
     parser.add_argument("--autoround-iterations", type=int, nargs="*", default=[200])
     parser.add_argument("--only", default="", help="a regular expression on 'tool label': which rows besides max")
+    parser.add_argument("--first", default="", help="likewise: which rows before the others, where time may run out")
     parser.add_argument("--again", action="store_true", help="compute finished rows anew")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for every tool and the evaluator")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once; a small model does not fill a GPU")

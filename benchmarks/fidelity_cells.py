@@ -69,8 +69,8 @@ def cells(options: argparse.Namespace) -> list[Cell]:
         if python_of(tool, options) is None:
             print(f"{tool} is left out: its Python is not named", flush=True)
     rows = [*(cell for cell in (*tuned, *PEERS) if python_of(cell.tool, options)), *ours[1:]]
-    wanted = re.compile(options.only)
-    return [ours[0], *(cell for cell in rows if wanted.search(cell.name))]
+    wanted = [cell for cell in rows if re.search(options.only, cell.name)]
+    return [ours[0], *sorted(wanted, key=lambda cell: not re.search(options.first, cell.name))]
 
 
 def command(cell: Cell, options: argparse.Namespace, output: Path, tokens: Path) -> list[str]:
@@ -81,6 +81,7 @@ def command(cell: Cell, options: argparse.Namespace, output: Path, tokens: Path)
     if cell.tool == "fourge":
         sizes = ["--num-calibration-samples", str(options.samples), "--num-probe-samples", str(options.probes)]
         sizes += ["--max-seq-length", str(options.length), "--seed", str(options.seed)]
+        sizes += ["--micro-batch-tokens", str(options.micro_batch_tokens)]
         texts = ["--calibration", options.calibration, *(["--probe", options.probe] if options.probe else [])]
         made = [python, "-m", "fourge", "quantize", str(options.model), "-o", str(output), *cell.arguments]
         return [*made, *texts, *sizes, *where, "--json"]
