@@ -71,15 +71,15 @@ class Measured:
         return stages
 
 
-def quantize(model: Path, layers: int, options: list[str], cold: bool) -> Measured:
+def quantize(model: Path, build: Path, layers: int, options: list[str], cold: bool) -> Measured:
     """Quantizes `model`, not from the page cache where `cold`; what was written is deleted."""
-    output = BUILD / "out"
+    output = build / "out"
     shutil.rmtree(output, ignore_errors=True)
     source_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     copying = None
     os.sync()
     if cold:
-        copying = copy_rate(model)
+        copying = copy_rate(model, build)
         drop_from_cache(model)
     script = str(Path(__file__).with_name("wide_run.py"))
     command = [sys.executable, script, "quantize", str(model), "-o", str(output), *options]
@@ -101,9 +101,9 @@ def drop_from_cache(directory: Path) -> None:
         os.close(descriptor)
 
 
-def copy_rate(model: Path) -> float:
+def copy_rate(model: Path, build: Path) -> float:
     """Bytes/s of `cp` and `sync` of a layer's file that is read from the disk."""
-    source, target = model / layer_file(0), BUILD / "copy"
+    source, target = model / layer_file(0), build / "copy"
     drop_from_cache(model)
     began = time.monotonic()
     subprocess.run(["cp", str(source), str(target)], check=True)
@@ -182,7 +182,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warm", action="store_true", help="leave the source in the page cache, and copy nothing")
-    parser.add_argument("--source", type=Path, default=BUILD / "model", help="where the checkpoint is written")
+    parser.add_argument("--build", type=Path, default=BUILD, help="where everything is written, and deleted")
+    parser.add_argument("--source", type=Path, help="where the checkpoint is, if elsewhere")
     parser.add_argument("--vocab", type=int, default=128256, help="fewer: less of embedding and head to write and read")
     parser.add_argument("--shrink", type=int, default=1, help="divide every size by this: to try the benchmark itself")
     parser.add_argument("--json", type=Path, help="where to put the figures as well")
@@ -194,8 +195,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     hidden, intermediate = 16384 // options.shrink, 53248 // options.shrink
     vocab, heads = options.vocab // options.shrink, 128 // options.shrink
-    model = options.source
-    BUILD.mkdir(parents=True, exist_ok=True)
+    build = options.build
+    model = options.source or build / "model"
+    build.mkdir(parents=True, exist_ok=True)
     where = ["--device", options.device, "--threads", str(options.threads)]
     where += ["--micro-batch-tokens", str(options.micro_batch_tokens)]
     measured: dict[str, list[Measured]] = defaultdict(list)
@@ -206,7 +208,7 @@ def main() -> None:
         print(f"{layers} layers written in {time.monotonic() - began:.0f} s", flush=True)
         for name in options.runs:
             tokens = [] if name.startswith("weight-only") else token_options(options.samples, options.length)
-            measured[name].append(quantize(model, layers, [*RUNS[name], *tokens, *where], not options.warm))
+            measured[name].append(quantize(model, build, layers, [*RUNS[name], *tokens, *where], not options.warm))
             print(f"{name}\n{describe(measured[name][-1])}", flush=True)
             if options.json:
                 runs = {name: [asdict(run) for run in runs] for name, runs in measured.items()}
@@ -216,7 +218,7 @@ def main() -> None:
                 )
     layer_bytes = (model / layer_file(0)).stat().st_size
     shutil.rmtree(model)
-    shutil.rmtree(BUILD, ignore_errors=True)
+    shutil.rmtree(build, ignore_errors=True)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"\n{device}, {options.threads} threads; a layer has {layer_bytes / 1e9:.2f} GB")
     for name, runs in measured.items():
