@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import fourge
+from fourge.checkpoint.reader import Checkpoint
 from fourge.evaluation.engine import WalkEngine, WalkSettings
 from fourge.evaluation.requests import ScoreRequest
 from fourge.methods import METHODS
+from fourge.methods.hessian import HessianAccumulator
+from fourge.walk.ahead import read_tensor
 from fourge.walk.job import Job
 
 pytestmark = [
@@ -168,3 +171,22 @@ def test_a_gpu_ranks_as_a_cpu_does(pico: Pico, tmp_path: Path) -> None:
         result = fourge.sensitivity(str(pico()), tmp_path / device, device=device, **settings)
         found.append({group.linears: group.damage["NVFP4"]["mean"] for group in result.groups})
     assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+def test_a_tensor_reaches_the_gpu_in_pieces(pico: Pico, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fourge.walk.ahead._PIECE_BYTES", 1000)
+    source = Checkpoint.open(pico())
+    for name in source.tensors:
+        assert read_tensor(source, name, torch.device("cuda")).cpu().equal(source.read(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_hessian_of_16_bits_is_that_of_their_values(dtype: torch.dtype) -> None:
+    x = (torch.randn(3000, 2080) * torch.randn(2080).exp()).to(dtype)
+    accumulator = HessianAccumulator(2080, "cuda")
+    for part in torch.split(x.cuda(), 1000):
+        accumulator.add(part)
+    exact = x.double().T @ x.double()
+    found = accumulator.matrix.cpu().double()
+    assert float((found - exact).norm() / exact.norm()) < 1e-5
+    torch.testing.assert_close(found.diagonal(), exact.diagonal(), rtol=1e-4, atol=0)
