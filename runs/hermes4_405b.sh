@@ -5,18 +5,19 @@
 #   runs/hermes4_405b.sh --print     says what it would run
 #   GPUS=8 runs/hermes4_405b.sh      the same bytes, the work shared by eight GPUs (docs/ranks.md)
 #
-# Nothing of this has run on a GPU yet, and nothing of this size anywhere. Bytes are exact, computed from the model's
-# config; times are what follows from them (docs/LOG.md, 2026-11-26, "What Hermes-4-405B takes"):
+# Layers of this width ran on an NVIDIA H200, two of them; nothing of this size ran anywhere. Bytes are exact, computed from the
+# model's config; times are what follows from them and from those layers (docs/LOG.md, 2026-11-26, "The walk on a GPU"):
 #
 #   fetch      811.7 GB read from the hub and written. The network's time
 #   plan       a config.json, and ten seconds of measuring: its estimate of the next step, on this node, is the one to go by
-#   quantize   3,290 PFLOP: more than 55 min on an H100, whose dense BF16 peak is 989.5 TFLOP/s; two years on a core of 50
-#              GFLOP/s. 55.2 TB read and 19.9 TB written and forced to disk, most of it hidden states, less what the page cache
-#              keeps: 6 h and 33 h at the 2.5 and .165 GB/s that plan measured where this was written, so give it a fast
-#              disk. 543.6 GB of it beside the source, and 18.1 GB of GPU memory
+#   quantize   2.9 h on an H200, 83 s a layer, where the page cache holds two layers' hidden states, 155 GB; 3,290 PFLOP.
+#              28.0 TB read and 10.1 TB written and forced to disk, most of it hidden states, less what the page cache
+#              keeps: 3.9 and 1.1 h, partly meanwhile, at the 2.0 and 2.6 GB/s of that machine's disk, so give it memory
+#              or a fast disk. 389.0 GB of it beside the source, and 21.9 GB of GPU memory. (On a core of 50 GFLOP/s: two years)
 #   verify     811.7 + 234.3 GB read: 7 min at 2.5 GB/s; and compared: 9 min at 1.5 GB/s, a thread's rate
 #   evaluate   811.7 + 234.3 GB read a pass: one for all log-likelihoods, more for answers that are generated. 1.6 EFLOP
-#              a million tokens: more than 27 min on an H100. It says how many tokens there are before it walks
+#              a million tokens: 76 min at the 350 TFLOP/s of quantize's lanes. It says how many tokens there are before
+#              it walks
 #   card, page seconds
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -210,6 +210,8 @@ def test_times_follow_from_rates(pico: Callable[..., Path], tmp_path: Path, monk
     assert all(single) and parts.total == pytest.approx(sum(single) + max(parts.reading, parts.writing))
     assert parts.reading == pytest.approx(cost.work.bytes_read / cost.rates.disk_read)
     assert parts.writing == pytest.approx(cost.work.bytes_written / cost.rates.disk_write)
+    on_gpu = quantizing._estimate_seconds(cost.work, cost.rates, has_data=True, on_gpu=True)
+    assert on_gpu.total == pytest.approx(max(sum(single), parts.reading + parts.writing))
     without = fourge.plan(str(pico("llama")), output=tmp_path, device="cpu", scheme="NVFP4A16", calibration="none")
     assert without.quantizing is not None and without.quantizing.seconds is not None
     parts = without.quantizing.seconds

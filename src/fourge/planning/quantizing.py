@@ -1,7 +1,8 @@
 """What the quantization itself takes: disk, memory, bytes moved, arithmetic, and from measured rates the time.
 
 Threads read ahead of the walk and write behind it. Without data all three go on at once, and the longest counts. With
-data a layer is computed once the shard before is written, so reading and writing hide behind each other alone.
+data a layer is computed once the shard before is written, so reading and writing hide behind each other alone; but on a
+GPU hidden states, which are nearly all of both, come and go while it computes, from and to one disk.
 """
 
 import shutil
@@ -104,7 +105,7 @@ def estimate_quantizing(
         device_memory=Resource(needs.memory, torch.cuda.mem_get_info(device)[0]) if on_gpu else None,
         work=work,
         rates=rates,
-        seconds=None if rates is None else _estimate_seconds(work, rates, has_data=tokens.rows > 0),
+        seconds=None if rates is None else _estimate_seconds(work, rates, has_data=tokens.rows > 0, on_gpu=on_gpu),
     )
 
 
@@ -130,7 +131,7 @@ def _largest_shard(facts: ModelFacts, source: SourceLayout) -> Path | None:
     return max({info.path for info in source.checkpoint.tensors.values()}, key=lambda path: path.stat().st_size)
 
 
-def _estimate_seconds(work: Work, rates: Rates, *, has_data: bool) -> Seconds:
+def _estimate_seconds(work: Work, rates: Rates, *, has_data: bool, on_gpu: bool) -> Seconds:
     reading, writing = work.bytes_read / rates.disk_read, work.bytes_written / rates.disk_write
     computing = work.flop_bf16_lane / rates.linear_bf16 + work.flop_nvfp4_lane / rates.linear_nvfp4
     if rates.curvature is not None:
@@ -138,5 +139,10 @@ def _estimate_seconds(work: Work, rates: Rates, *, has_data: bool) -> Seconds:
     smoothing = 0.0 if rates.smooth is None else work.smoothed_bytes / rates.smooth
     quantizing = work.rounded_bytes / rates.quantize
     working = computing + smoothing + quantizing
-    total = working + max(reading, writing) if has_data else max(reading, working, writing)
+    if not has_data:
+        total = max(reading, working, writing)
+    elif on_gpu:
+        total = max(working, reading + writing)
+    else:
+        total = working + max(reading, writing)
     return Seconds(reading, computing, smoothing, quantizing, writing, total)
