@@ -34,17 +34,16 @@ def search_scales(weight: Tensor, global_scale: Tensor, importance: Tensor | Non
     fused = fused_loops(weight.device, torch.float32)
     torch_on_cpu = fused is None and weight.device.type == "cpu"
     values = _CPU_VALUES_PER_CHUNK if torch_on_cpu else _FUSED_VALUES_PER_CHUNK
-    groups = weight.shape[1] // GROUP_SIZE
-    scales = torch.empty(weight.shape[0], groups, device=weight.device)
     step = max(1, values // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
+    found = []
+    for block in torch.split(weight, step):
         if fused is not None:
-            scales[rows] = fused.search(weight[rows], global_scale, h, _OFFSETS)
+            found.append(fused.search(block, global_scale, h, _OFFSETS))
         else:
-            chunk = weight[rows].float().view(-1, groups, GROUP_SIZE)
-            scales[rows] = _search(chunk, global_scale, h.view(-1, GROUP_SIZE))
-    return scales
+            groups = block.float().unflatten(1, (-1, GROUP_SIZE))
+            found.append(_search(groups, global_scale, h.view(-1, GROUP_SIZE)))
+    # A copy of the only one would call torch's threads, which wait for more by spinning.
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _search(groups: Tensor, global_scale: Tensor, h: Tensor) -> Tensor:

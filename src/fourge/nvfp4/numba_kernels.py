@@ -313,20 +313,21 @@ def _may_gain(clipping, least, alive):
 def search(
     weight: Any, global_scale: np.float32, h: Any, offsets: Any, scales: Any, lanes: int, start: int, stop: int
 ) -> None:
-    """The best scales of FP32 `weight` `[N, K]`, FP32 `[N, K/16]`: see `scale_search.py`.
+    """The best scales of `weight` `[N, K]`, FP32 `[N, K/16]`: see `scale_search.py`.
 
     `h` FP32 `[chunks, 2, 8 · lanes]`, the groups' weights a lane each, in the order of `PLACES`; `offsets` int32, what
     to try around the start, in order, the max scale itself before them. All lanes go down together until none of them
     may gain; the last chunk's lanes beyond K/16 compute with zeros and are left out.
     """
     values = np.zeros(len(h) * lanes * 16, np.float32)
+    row = values[: weight.shape[1]]
     magnitudes = np.empty((16, lanes), np.float32)
     even, odd = magnitudes[:8].reshape(8 * lanes), magnitudes[8:].reshape(8 * lanes)
     steps, sums = np.empty(8 * lanes, np.float32), np.empty(8 * lanes, np.float32)
     least, alive = np.empty(lanes, np.float32), np.empty(lanes, np.bool_)
     begin, codes, best = np.empty(lanes, np.int32), np.empty(lanes, np.int32), np.empty(lanes, np.int32)
     for n in range(start, stop):
-        values[: weight.shape[1]] = weight[n]
+        _load(weight[n], row)
         for chunk in range(len(h)):
             even_h, odd_h = h[chunk, 0], h[chunk, 1]
             _spread(values, chunk * lanes * 16, magnitudes)

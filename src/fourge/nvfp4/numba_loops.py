@@ -19,7 +19,7 @@ from fourge.nvfp4.quantize import GROUP_SIZE
 _FEWEST_VALUES = 1 << 18
 """A helper is called for no fewer."""
 
-_WIDENED_VALUES = 1 << 18  # in FP32 they stay in the cache
+_WIDENED_ROWS = 256  # of FP16, which no kernel reads
 
 _PARTS_PER_THREAD = 4  # one that is held up leaves the rest to the others
 
@@ -73,23 +73,14 @@ def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) 
     padded = torch.zeros(-(-groups // lanes) * lanes, GROUP_SIZE)
     padded[:groups] = h.view(groups, GROUP_SIZE)
     h_by_lane = padded.view(-1, lanes, GROUP_SIZE)[..., kernels.PLACES].transpose(1, 2).reshape(-1, 2, 8 * lanes)
-    arguments = _number(global_scale), h_by_lane.numpy(), np.array(offsets, np.int32)
-    _by_rows(_search_rows, *weight.shape, _array(weight), arguments, scales.numpy())
+    arguments = h_by_lane.numpy(), np.array(offsets, np.int32)
+    step = _WIDENED_ROWS if weight.dtype == torch.float16 else max(1, len(weight))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        block = weight[rows].float() if weight.dtype == torch.float16 else weight
+        found = scales[rows].numpy()
+        _by_rows(kernels.search, *block.shape, _array(block), _number(global_scale), *arguments, found, lanes)
     return scales
-
-
-def _search_rows(weight: Any, arguments: tuple[Any, ...], scales: Any, start: int, stop: int) -> None:
-    """The kernel on rows `start … stop`, a block at a time widened to FP32: compiled once, whatever the dtype."""
-    step = max(1, _WIDENED_VALUES // weight.shape[1])
-    widened = np.empty((min(step, stop - start), weight.shape[1]), np.float32)
-    for first in range(start, stop, step):
-        rows = slice(first, min(first + step, stop))
-        block = widened[: rows.stop - first]
-        if weight.dtype == np.uint16:  # BF16: the upper half of FP32's bits
-            np.left_shift(weight[rows], 16, out=block.view(np.uint32), dtype=np.uint32)
-        else:
-            block[...] = weight[rows]
-        kernels.search(block, *arguments, scales[rows], kernels.LANES, 0, len(block))
 
 
 def replay_group(
