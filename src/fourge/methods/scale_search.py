@@ -40,7 +40,7 @@ def search_scales(weight: Tensor, global_scale: Tensor, importance: Tensor | Non
         if fused is not None:
             found.append(fused.search(block, global_scale, h, _OFFSETS))
         else:
-            groups = block.float().unflatten(1, (-1, GROUP_SIZE))
+            groups = block.float().view(-1, weight.shape[1] // GROUP_SIZE, GROUP_SIZE)
             found.append(_search(groups, global_scale, h.view(-1, GROUP_SIZE)))
     # A copy of the only one would call torch's threads, which wait for more by spinning.
     return found[0] if len(found) == 1 else torch.cat(found)
