@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--json FILE]
 
 needs a CUDA device and nothing else. Every rate is of one run on one device: bytes that an operation must read and
-write over the median of its repeats, beside the rate of a device-to-device copy of the same weight, which is the
-bound. Replay is that of the seven Linears of one decoder layer of a 405B Llama, beside the time in which their products
-take the calibration's tokens, measured on one micro-batch. `--interpret` runs all of it on the CPU in Triton's
-interpreter, on a few values: whether this file runs is all that it shows.
+write over the median of its repeats, launches prepared ahead, beside the rate of a device-to-device copy of the same
+weight, which is the bound. Replay is that of the seven Linears of one decoder layer of a 405B Llama, beside the time in
+which their products take the calibration's tokens, measured on one micro-batch. `--interpret` runs all of it on the CPU
+in Triton's interpreter, on a few values: whether this file runs is all that it shows.
 """
 
 import argparse
@@ -90,23 +90,32 @@ class Rate:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of `repeats`; on a GPU after one that compiles."""
-    times = []
-    if device.type == "cuda":
+    """The median of `repeats`, or of as many as fit into some two seconds.
+
+    On a GPU after one that compiles, and each behind another one, so that its launch is prepared while the GPU is busy.
+    """
+    if device.type != "cuda":
+        return statistics.median(_host_seconds(run) for _ in range(repeats))
+    run()
+    torch.cuda.synchronize()
+    spent, times = 0.0, []
+    while len(times) < repeats and spent < 2:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
         run()
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-        else:
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        spent += time.perf_counter() - began
+        times.append(start.elapsed_time(stop) / 1e3)
     return statistics.median(times)
+
+
+def _host_seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def random_weight(rows: int, columns: int, device: torch.device, seed: int = 0) -> Tensor:
@@ -211,8 +220,8 @@ def identity(device: torch.device, interpreted: bool) -> int:
     return equal
 
 
-def bandwidth(shapes: Shapes, device: torch.device) -> list[Rate]:
-    """Ours and the peers' rates on one weight, the copy first."""
+def bandwidth(shapes: Shapes, device: torch.device) -> tuple[list[Rate], gpu_kernels.Operations]:
+    """Our rates on one weight, the copy first, and what the peers have for the same weight."""
     from fourge.methods.scale_search import search_scales
     from fourge.nvfp4.quantize import (
         amax,
@@ -245,9 +254,19 @@ def bandwidth(shapes: Shapes, device: torch.device) -> list[Rate]:
     for operation, (moved, run) in ours.items():
         whose = "torch" if operation == "copy" else "fourge"
         rates.append(Rate(operation, whose, moved, seconds_of(run, device, shapes.repeats)))
-        for peer, run_theirs in theirs.get(operation, {}).items():
-            rates.append(peer_rate(operation, peer, moved, run_theirs, device, shapes.repeats))
-        print_rates(rates[-1 - len(theirs.get(operation, {})) :], rates[0])
+        print_rate(rates[-1], rates[0])
+    return rates, theirs
+
+
+def peers_bandwidth(theirs: gpu_kernels.Operations, ours: list[Rate], device: torch.device, repeats: int) -> list[Rate]:
+    """The peers' rates beside ours; tool after tool, for the last of them takes seconds for a search."""
+    rates = []
+    for peer in gpu_kernels.PEERS:
+        for rate in ours:
+            if peer in theirs.get(rate.operation, {}):
+                run = theirs[rate.operation][peer]
+                rates.append(peer_rate(rate.operation, peer, rate.bytes, run, device, repeats))
+                print_rate(rates[-1], ours[0])
     return rates
 
 
@@ -296,14 +315,13 @@ def layer_times(shapes: Shapes, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def print_rates(rates: list[Rate], copy: Rate) -> None:
-    """A line a rate."""
-    for rate in rates:
-        figures = f"does not run: {rate.error}"
-        if rate.gb_per_second is not None and copy.gb_per_second is not None:
-            share = rate.gb_per_second / copy.gb_per_second
-            figures = f"{rate.gb_per_second:9.1f} GB/s  {share:6.1%} of copy  {1e3 * (rate.seconds or 0):9.3f} ms"
-        print(f"  {rate.operation:22} {rate.whose:19} {figures}", flush=True)
+def print_rate(rate: Rate, copy: Rate) -> None:
+    """A line."""
+    figures = f"does not run: {rate.error}"
+    if rate.gb_per_second is not None and copy.gb_per_second is not None:
+        share = rate.gb_per_second / copy.gb_per_second
+        figures = f"{rate.gb_per_second:9.1f} GB/s  {share:6.1%} of copy  {1e3 * (rate.seconds or 0):9.3f} ms"
+    print(f"  {rate.operation:22} {rate.whose:19} {figures}", flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -341,8 +359,9 @@ def main(arguments: list[str] | None = None) -> None:
     for line in gpu_kernels.not_installed():
         print(f"  {line}")
     with backend.using("triton"):
-        rates = bandwidth(shapes, device)
+        rates, theirs = bandwidth(shapes, device)
         layer = [] if options.no_replay else layer_times(shapes, device)
+        rates += peers_bandwidth(theirs, rates, device, shapes.repeats)
     if options.json:
         figures = [asdict(rate) | {"gb_per_second": rate.gb_per_second} for rate in rates]
         facts = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "equal": equal}

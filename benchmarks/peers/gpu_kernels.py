@@ -10,7 +10,7 @@ from torch import Tensor
 Operations = dict[str, dict[str, Callable[[], object]]]
 """Operation → tool → what runs it."""
 
-PEERS = {"compressed-tensors": "compressed_tensors", "llm-compressor": "llmcompressor", "Model-Optimizer": "modelopt"}
+PEERS = {"compressed-tensors": "compressed_tensors", "Model-Optimizer": "modelopt", "llm-compressor": "llmcompressor"}
 
 
 def not_installed() -> list[str]:

@@ -37,7 +37,9 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fourge.nvfp4 import triton_kernels, triton_replay
+from fourge.nvfp4 import triton_kernels, triton_replay, triton_search
+
+MODULES = {"replay_group": triton_replay, "search": triton_search}
 
 TYPES = {"packed_ptr": "*u8", "codes_ptr": "*u8", "partial_ptr": "*i32", "offsets_ptr": "*i32"}
 
@@ -46,7 +48,7 @@ def type_of(argument, dtype):
     return types.get(argument, "*fp32" if argument.endswith("_ptr") else "i32")
 
 def compiled(name, dtype, constants, options):
-    kernel = getattr(triton_replay if name == "replay_group" else triton_kernels, name)
+    kernel = getattr(MODULES.get(name, triton_kernels), name)
     constants = {"block": 32, **constants}
     signature = {argument: type_of(argument, dtype) for argument in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fourge.nvfp4 import triton_interpreter, triton_replay
+from fourge.nvfp4 import triton_interpreter, triton_replay, triton_search
 from fourge.nvfp4 import triton_kernels as kernels
 from fourge.nvfp4.quantize import GROUP_SIZE
 
@@ -15,7 +15,13 @@ if _INTERPRETED:
     triton_interpreter.correct()
 
 _GROUPS = 512 if _INTERPRETED else 128
-"""Groups a program; the interpreter takes its time for every program, whatever its size."""
+"""Groups that a program takes at once; the interpreter takes its time for every program, whatever its size."""
+
+_ROUNDS = 16
+"""How often, at most, where there is much to compute for a group: a tenth faster than as many programs."""
+
+_PROGRAMS = 1 if _INTERPRETED else 2048
+"""So many keep a GPU busy to the end; with fewer, a program has fewer rounds."""
 
 _SEARCHED_GROUPS = 2048 if _INTERPRETED else 32
 """Fewer in a search, one warp: they wait for the last of them."""
@@ -41,7 +47,8 @@ def encode(weight: Tensor, global_scale: Tensor, scales: Tensor | None) -> tuple
     divisor = _scalar(global_scale, weight)
     chosen = divisor if scales is None else _aligned(scales.float())
     arguments = _words(weight), divisor, chosen, packed, codes
-    _launch(kernels.encode, codes.numel(), _GROUPS, *arguments, given=scales is not None)
+    count = codes.numel()
+    _launch(kernels.encode, count, _GROUPS, *arguments, rounds=_rounds(count), given=scales is not None)
     return packed, codes.view(torch.float8_e4m3fn)
 
 
@@ -56,7 +63,8 @@ def decode(packed: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dty
 def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
     """See `FusedLoops`."""
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(kernels.fake_quantize, x.numel() // GROUP_SIZE, _GROUPS, _words(x), _scalar(global_scale, x), result)
+    count, arguments = x.numel() // GROUP_SIZE, (_words(x), _scalar(global_scale, x), result)
+    _launch(kernels.fake_quantize, count, _GROUPS, *arguments, rounds=_rounds(count))
     return result
 
 
@@ -76,7 +84,7 @@ def search(weight: Tensor, global_scale: Tensor, h: Tensor, offsets: list[int]) 
     tried = torch.tensor(offsets, dtype=torch.int32, device=weight.device)
     arguments = _words(weight), _scalar(global_scale, weight), _aligned(h), tried, scales
     _launch(
-        kernels.search,
+        triton_search.search,
         rows * groups,
         _SEARCHED_GROUPS,
         *arguments,
@@ -106,13 +114,24 @@ def replay_group(
     _launch(triton_replay.replay_group, weight.shape[1], _REPLAYED_ROWS, *arguments, **sizes)
 
 
-def _launch(kernel: Any, count: int, block: int, *arguments: Tensor, **named: int | bool) -> None:
-    """Runs a kernel over `count` groups (or rows), `block` a program and a thread each, where its arguments lie."""
+def _rounds(count: int) -> int:
+    """How many blocks of `_GROUPS` a program takes of so many groups."""
+    return min(_ROUNDS, max(1, count // (_GROUPS * _PROGRAMS)))
+
+
+def _launch(
+    kernel: Any, count: int, block: int, *arguments: Tensor, rounds: int | None = None, **named: int | bool
+) -> None:
+    """Runs a kernel over `count` groups (or rows) where its arguments lie: a thread for each of a block.
+
+    A program takes `block` of them, or `rounds` times as many, one block after the other.
+    """
     if not count:
         return
     named |= {"count": count, "block": block, "num_warps": max(1, block // _WARP)} | kernels.OPTIONS
+    named |= {} if rounds is None else {"rounds": rounds}
     with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
-        kernel[(triton.cdiv(count, block),)](*arguments, **named)
+        kernel[(triton.cdiv(count, block * (rounds or 1)),)](*arguments, **named)
 
 
 def _words(x: Tensor) -> Tensor:

@@ -7,20 +7,26 @@ is one number a row there is a vector here, and a group's 16 columns are a tuple
 import triton
 import triton.language as tl
 
-from fourge.nvfp4.triton_kernels import (
-    _E2M1_BIAS,
-    _LARGEST,
-    _SIGN,
-    _SIX,
-    _SMALLEST,
-    _e4m3_code,
-    _e4m3_value,
-    _index,
-    _nibble_value,
-    _number,
-    _ordinary,
-    _scaled,
+from fourge.nvfp4.triton_rounding import (
+    LARGEST,
+    SIGN,
+    SIX,
+    SMALLEST,
+    divisor_of,
+    e2m1_value,
+    e4m3,
+    e4m3_value,
+    eighth_of,
+    index,
+    index_of_eighth,
+    shifted,
+    step_of,
 )
+
+
+@triton.jit
+def _value(nibble):
+    return e2m1_value(nibble & 7, (nibble & 8) << 28)
 
 
 @triton.jit
@@ -45,8 +51,8 @@ def _proposal(weight, fed, feedback_ptr, stride, cost_ptr, step, alternating):
         along, norm, values = tl.zeros_like(step), tl.zeros_like(step), ()
         for j in tl.static_range(16):
             scaled = tl.math.div_rn(free[j], step)
-            index = _index(tl.minimum(tl.abs(scaled), _SIX))
-            values += (_number((index << 22) | tl.where(scaled < 0.0, _SIGN, 0)) * _E2M1_BIAS,)
+            nearest = index_of_eighth(tl.minimum(tl.abs(scaled), SIX) * 0.125)
+            values += (e2m1_value(nearest, tl.where(scaled < 0.0, SIGN, 0)),)
             rounded = _fed_forward(tl.zeros_like(step), feedback_ptr, stride, values, j) + values[j]
             weighted = rounded * tl.load(cost_ptr + j)
             along += weighted * goal[j]
@@ -56,15 +62,16 @@ def _proposal(weight, fed, feedback_ptr, stride, cost_ptr, step, alternating):
 
 
 @triton.jit
-def _try(weight, fed, feedback_ptr, stride, cost_ptr, step, ordinary):
+def _try(weight, fed, feedback_ptr, stride, cost_ptr, step, divisor):
     """Replays GPTQ over the columns: E2M1 codes, four bits each, of the first and the last eight, and the score."""
-    reciprocal = tl.math.div_rn(1.0, step)
+    eighth = eighth_of(step, divisor)
     first, last = tl.zeros_like(step).to(tl.int32), tl.zeros_like(step).to(tl.int32)
     score, misses = tl.zeros_like(step), ()
     for j in tl.static_range(16):
         target = _fed_forward(fed[j] + weight[j], feedback_ptr, stride, misses, j)
-        nibble = (_index(_scaled(tl.abs(target), step, reciprocal, ordinary)) & 7) | tl.where(target < 0.0, 8, 0)
-        rounded = _nibble_value(nibble) * step
+        magnitude, _ = shifted(tl.abs(target), target, divisor)
+        nibble = (index(magnitude, eighth, True) & 7) | tl.where(target < 0.0, 8, 0)
+        rounded = _value(nibble) * step
         misses += (weight[j] - rounded,)
         short = target - rounded
         score += short * short * tl.load(cost_ptr + j)
@@ -103,26 +110,27 @@ def replay_group(
         fed += (tl.load(fed_ptr + tl.cast(count, tl.int64) * j + row, mask=there, other=0.0),)
     scale = tl.load(scales_ptr + row, mask=there, other=1.0)
     global_scale = tl.load(global_ptr)
-    ordinary = _ordinary(global_scale, False)
+    divisor = divisor_of(global_ptr, False)
 
-    step = tl.math.div_rn(scale, global_scale)
+    step = step_of(scale, divisor)
     proposed = _proposal(weight, fed, feedback_ptr, stride, cost_ptr, step, alternating)
-    middle = tl.maximum(_e4m3_code(tl.maximum(proposed * global_scale, 0.0)), _SMALLEST)
+    _, nearest = e4m3(tl.maximum(proposed * global_scale, 0.0))
+    middle = tl.maximum(nearest, SMALLEST)
     chosen, least = scale, tl.zeros_like(step)
     best_first, best_last = tl.zeros_like(middle), tl.zeros_like(middle)
     for trial in range(2 * window + 2):  # the scale that came first, then those around the proposal
-        around = _e4m3_value(tl.minimum(tl.maximum(middle + (trial - 1 - window), _SMALLEST), _LARGEST))
+        around = e4m3_value(tl.minimum(tl.maximum(middle + (trial - 1 - window), SMALLEST), LARGEST))
         candidate = tl.where(trial == 0, scale, around)
-        step = tl.math.div_rn(candidate, global_scale)
-        first, last, score = _try(weight, fed, feedback_ptr, stride, cost_ptr, step, ordinary)
+        step = step_of(candidate, divisor)
+        first, last, score = _try(weight, fed, feedback_ptr, stride, cost_ptr, step, divisor)
         better = (score < least) | (trial == 0)
         least = tl.where(better, score, least)
         chosen = tl.where(better, candidate, chosen)
         best_first, best_last = tl.where(better, first, best_first), tl.where(better, last, best_last)
-    step = tl.math.div_rn(chosen, global_scale)
+    step = step_of(chosen, divisor)
     for j in tl.static_range(16):
         nibble = (best_first >> (4 * j) if j < 8 else best_last >> (4 * j - 32)) & 15
         place = tl.cast(count, tl.int64) * j + row
         tl.store(codes_ptr + place, nibble.to(tl.uint8), mask=there)
-        tl.store(fed_ptr + place, weight[j] - _nibble_value(nibble) * step, mask=there)
+        tl.store(fed_ptr + place, weight[j] - _value(nibble) * step, mask=there)
     tl.store(chosen_ptr + row, chosen, mask=there)
