@@ -18,7 +18,10 @@ from fourge.nvfp4.quantize import (
     quantize_weight,
 )
 
-pytestmark = pytest.mark.usefixtures("every_backend")
+pytestmark = [
+    pytest.mark.usefixtures("every_backend"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy, as Triton's interpreter
+]
 
 
 def bits(x: torch.Tensor) -> list[int]:
