@@ -2,6 +2,7 @@
 
 Both sides of a row do the same work on the same weight, in turns, in one process with one number of threads; the
 best of the repeats counts. Given the same scales both must give the same bytes, which is checked before any timing.
+Our exact scale search has no counterpart: it stands beside our own max scales.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.quantization.quant_config import QuantizationStatus
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from fourge.methods.scale_search import search_scales
 from fourge.nvfp4.quantize import (
     GROUP_SIZE,
     amax,
@@ -64,6 +66,19 @@ def pairs(weight: torch.Tensor) -> dict[str, Pair]:
     }
 
 
+def searches(weight: torch.Tensor) -> dict[str, Pair]:
+    """Operation → (max scales and codes, searched scales) on `weight`; channels' weights are log-normal."""
+    divisor = global_scale(amax(weight)).reshape(1)
+    uneven = torch.exp(2 * torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(1)))
+    return {
+        "scale search": (lambda: quantize_weight(weight, divisor), lambda: search_scales(weight, divisor)),
+        "scale search, weighted": (
+            lambda: quantize_weight(weight, divisor),
+            lambda: search_scales(weight, divisor, uneven),
+        ),
+    }
+
+
 def best_seconds(pair: Pair, repeats: int) -> list[float]:
     """The shortest time of each side, taken in turns so that a busy machine slows both."""
     best = [float("inf")] * len(pair)
@@ -93,6 +108,10 @@ def main() -> None:
             ours, theirs = best_seconds(pair, options.repeats)
             rates = f"{megabytes / ours:>8.0f} {megabytes / theirs:>19.0f} {theirs / ours:>6.1f}"
             print(f"{name:26} {threads:>7} {rates}", flush=True)
+        for name, pair in searches(weight).items():
+            rounding, searching = best_seconds(pair, options.repeats)
+            slower = f"{searching / rounding:.1f} times as long as max scales"
+            print(f"{name:26} {threads:>7} {megabytes / searching:>8.0f} {slower}", flush=True)
 
 
 if __name__ == "__main__":
