@@ -5,7 +5,8 @@ import torch
 from method_problems import problem
 from torch import Tensor
 
-from fourge.methods.tuned import STRENGTHS, CrossMoment, Judge, compensate
+from fourge.methods import tuned
+from fourge.methods.tuned import MOST_MOVED, STRENGTHS, CrossMoment, Judge, compensate
 from fourge.nvfp4.quantize import amax, fake_quantize, global_scale
 
 
@@ -35,6 +36,13 @@ def textbook(weight: Tensor, x: Tensor, q: Tensor, residual: Tensor, strength: f
     return torch.linalg.lstsq(left, right).solution.T
 
 
+@pytest.fixture
+def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may move as far as they like."""
+    monkeypatch.setattr(tuned, "MOST_MOVED", float("inf"))
+
+
+@pytest.mark.usefixtures("no_limit")
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_the_textbook_s_ridge_regression(seed: int) -> None:
     weight, x = problem(seed)
@@ -49,6 +57,7 @@ def test_it_is_the_textbook_s_ridge_regression(seed: int) -> None:
     assert torch.allclose(found.weights["w"].double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
 
 
+@pytest.mark.usefixtures("no_limit")
 @pytest.mark.parametrize("seed", range(20))
 def test_the_objective_falls(seed: int) -> None:
     """On the tokens that are fitted, for Linears in a group and for one alone."""
@@ -76,6 +85,27 @@ def test_the_reported_error_is_that_of_the_judge_s_tokens() -> None:
     target = x[512:].double() @ weight.double().T
     before, after = ((target - q[512:].double() @ w.double().T).norm() for w in (weight, found.weights["w"]))
     assert found.error == pytest.approx((after / before).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_strength_is_judged_and_the_best_that_moves_no_weight_too_far_wins(whole: bool) -> None:
+    """Each as the textbook has it, on tokens that were not fitted: few were, so the weakest penalty is not the best."""
+    weight, x = problem(1, tokens=1152)
+    q = rounded(x)
+    fit, others = slice(0, 40), slice(128, 1152)
+    judge = Judge((x[others] - q[others]) @ weight.T if whole else x[others] - q[others], q[others])
+    cross = fitted(x[fit], q[fit], weight if whole else None)
+    found = compensate({"w": weight}, q[fit].T @ q[fit], cross, judge, whole=whole)
+    target = x[others].double() @ weight.double().T
+    errors = {}
+    for strength in STRENGTHS:
+        moved = textbook(weight, x[fit], q[fit], torch.zeros(1), strength)
+        if (moved - weight).norm() <= MOST_MOVED * weight.norm():
+            errors[strength] = (target - q[others].double() @ moved.T).norm().item()
+    assert 1 < len(errors) < len(STRENGTHS), "neither the limit nor the choice would be tried"
+    assert found.strength == min(errors, key=errors.__getitem__) != min(errors)
+    before = (target - q[others].double() @ weight.double().T).norm().item()
+    assert found.error == pytest.approx(min(errors.values()) / before, rel=1e-3)
 
 
 def test_other_tokens_that_gain_nothing_keep_the_weights() -> None:

@@ -13,7 +13,7 @@ METHODS: Mapping[str, Method] = {
     "search": Search(),
     "gptq": AlongCurvature(gptq_under_searched_scales),
     "replay": AlongCurvature(replay_from_max_scales),
-    "tuned": AlongCurvature(gptq_under_searched_scales, compensates=True),
+    "tuned": AlongCurvature(replay_from_max_scales, compensates=True),
 }
 
 

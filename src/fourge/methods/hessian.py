@@ -41,10 +41,10 @@ class HessianAccumulator:
         first, of = own
         self._own = range(first * _COLUMNS_PER_BLOCK, columns, of * _COLUMNS_PER_BLOCK)
 
-    def add(self, x: Tensor) -> None:
-        """Takes inputs `[..., K]` of any float dtype."""
+    def add(self, x: Tensor, *, again: bool = False) -> None:
+        """Takes inputs `[..., K]` of any float dtype; `again`: of tokens that are counted already."""
         tokens = x.reshape(-1, x.shape[-1])
-        self.tokens += tokens.shape[0]
+        self.tokens += 0 if again else tokens.shape[0]
         for chunk in torch.split(tokens, _TOKENS_PER_CHUNK):
             x_tk = chunk if self._multiplies(chunk) else chunk.to(self._sum)
             # Only the blocks on and above the diagonal: half the arithmetic; `matrix` mirrors them.

@@ -1,13 +1,16 @@
-"""`tuned`: weights moved, before GPTQ rounds them, to make up for what is wrong with a quantized Linear's inputs.
+"""`tuned`: weights moved, before `replay` rounds them, to make up for what is wrong with a quantized Linear's inputs.
 
-Where the source's Linear multiplies x, the quantized one multiplies q: x after the rounding of activations, in a lane
-in which all before it is quantized. So W is not the best that could be rounded; that is the ridge regression
+Where the source's Linear multiplies x, the quantized one multiplies q: x in a lane in which all before it is quantized,
+and after the rounding of activations where the engine does that. So W is not the best that could be rounded; that is
+the ridge regression
 
     W* = argmin Σ ‖W x + r − W* q‖² + λ ‖W* − W‖²  =  W + (Σ u qᵀ) (Σ q qᵀ + λI)⁻¹,   u = W (x − q) + r,
 
 as far as q foretells u; r is what the residual stream lacks, for a Linear that is added to it. This is GPTAQ's (arXiv
-2504.02692) asymmetric objective, in closed form and with the activations' rounding in q. λ is chosen on other tokens
-than those that are fitted, and may be infinite: then W stays. The result is a Linear like any other.
+2504.02692) asymmetric objective, in closed form and with the activations' rounding in q. The sums go over both ways in
+which a checkpoint is served, inputs rounded and weight-only: what makes up for the rounding alone is damage without it.
+λ is chosen on other tokens than those that are fitted, and may be infinite: then W stays. The result is a Linear like
+any other.
 """
 
 import math
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """λ over the mean diagonal of Σ q qᵀ."""
 
 MOST_MOVED = 0.25
@@ -119,7 +122,7 @@ def _try(steps: Iterator[tuple[slice, Tensor]], weight: Tensor, judge: Judge, wh
     for rows, step in steps:
         u = judge.shortfall[:, rows].float() if whole else judge.shortfall.float() @ weight[rows].float().T
         total += float(u.square().sum(dtype=torch.float64))
-        left += float(u.addmm_(inputs, step.T, alpha=-1).square().sum(dtype=torch.float64))
+        left += float(torch.addmm(u, inputs, step.T, alpha=-1).square().sum(dtype=torch.float64))
         moved += float(step.square().sum(dtype=torch.float64))
         norm += float(weight[rows].float().square().sum(dtype=torch.float64))
     return left / total if total else 1.0, math.sqrt(moved / norm) if norm else 0.0

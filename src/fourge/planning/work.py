@@ -74,12 +74,16 @@ def count_work(
         nvfp4 += tokens.calibration * (token + sum(layer.up_to_groups for layer in layers))
         again += tokens.calibration * sum(layer.groups for layer in layers)
         if choices.compensates:
-            # Both lanes up to every group, on calibration and some validation tokens; the latter runs on as well.
+            # All lanes up to every group, on calibration and some validation tokens; the latter runs on as well.
             before = sum(layer.up_to_groups for layer in layers)
             judged = min(tokens.validation, WATCHED)
+            weight_only = int(choices.scales_inputs)
             bf16 += (tokens.calibration + judged) * before
             nvfp4 += tokens.validation * token + judged * before
-            again += (tokens.calibration + 2 * judged) * sum(layer.groups for layer in layers)
+            nvfp4 += weight_only * ((tokens.calibration + tokens.validation) * token)
+            nvfp4 += weight_only * ((tokens.calibration + judged) * before)
+            groups = sum(layer.groups for layer in layers)
+            again += ((1 + weight_only) * tokens.calibration + (2 + weight_only) * judged) * groups
         curvature = sum(layer.curvature for layer in layers)
     # Hidden states are written once a step but the last, read once a layer and by the head.
     traffic = (facts.num_layers + 1) * hidden.nbytes
@@ -121,10 +125,11 @@ def _layers(facts: ModelFacts, tokens: Tokens, length: int, choices: Choices) ->
             if method is not None and method.needs_hessian:
                 groups += 1
                 up_to_groups += done
+                looks = tokens.calibration * (1 + (method.compensates and choices.scales_inputs))
                 # Half of XᵀX, for it is symmetric; Cholesky; the walk feeds every column to those after it.
-                curvature += tokens.calibration * columns**2 + columns**3 // 3 + rows * columns**2
+                curvature += looks * columns**2 + columns**3 // 3 + rows * columns**2
                 if method.compensates:  # what the lanes are apart times the input: of the output for one Linear alone
-                    curvature += 2 * tokens.calibration * columns * (rows if len(shapes) == 1 else columns)
+                    curvature += 2 * looks * columns * (rows if len(shapes) == 1 else columns)
             done += 2 * rows * columns + (attention if position == 0 else 0)
         found.append(_Layer(done, up_to_groups, groups, curvature))
     return found

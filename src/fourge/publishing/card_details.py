@@ -16,7 +16,7 @@ _METHODS = {
     "search": "search: scales that give the smallest error",
     "gptq": "GPTQ: error fed back by the inputs' second moments",
     "replay": "replay: codes and scales chosen together against the inputs' second moments",
-    "tuned": "tuned: GPTQ of weights that make up for the rounding before them",
+    "tuned": "tuned: Schur replay of weights that make up for the rounding before them",
 }
 _MADE = {"self": "text sampled from the base model", "random": "random tokens"}
 """What a calibration set that lies in no file was, by its kind."""

@@ -1,10 +1,11 @@
-"""Compensating a layer's groups: both lanes side by side, for what the quantized one falls short of.
+"""Compensating a layer's groups: all lanes side by side, for what the quantized ones fall short of.
 
 Fitted on calibration tokens, its strength chosen on validation tokens; see `fourge.methods.tuned`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,17 @@ from fourge.walk.layer import LaneLayer
 from fourge.walk.linear import InputSite, to_nvfp4
 from fourge.walk.observers import SeenEnoughError
 from fourge.walk.smoothing import SAMPLED, WATCHED, InputSample
-from fourge.walk.streams import MicroBatch
+from fourge.walk.streams import Lane, MicroBatch
 from fourge.walk.walk import Walk
+
+SERVED: tuple[Lane, ...] = ("nvfp4", "nvfp4a16")
+"""The lanes that a checkpoint is run as; the second where the first rounds inputs and something compensates."""
 
 
 class GroupTap:
     """What one lane's layer hands to a group: its input, and the residual stream that its output is added to.
 
-    The layer is to be built with `site` for the group, then attached.
+    The layer is built with `site` for the group, then attached.
     """
 
     def __init__(self, group: LinearGroup, global_scale: Tensor | None = None) -> None:
@@ -56,51 +60,72 @@ class GroupTap:
 
 
 @dataclass(frozen=True)
+class TappedLane:
+    """A layer as `lane` runs it, tapped at one group: built with `tap.site` for it."""
+
+    lane: Lane
+    layer: LaneLayer
+    tap: GroupTap
+
+    def __post_init__(self) -> None:
+        self.tap.attach(self.layer)
+
+
+@dataclass(frozen=True)
 class GroupLanes:
-    """Both lanes of a layer, tapped at one group, whose source weights are `weights`, by name relative to the layer."""
+    """The lanes of a layer at one group, whose source weights are `weights`, by name relative to the layer."""
 
     walk: Walk
     source: HiddenFile
     weights: Mapping[str, Tensor]
-    bf16: tuple[LaneLayer, GroupTap]
-    nvfp4: tuple[LaneLayer, GroupTap]
+    bf16: TappedLane
+    served: Sequence[TappedLane]
 
     @property
     def whole(self) -> bool:
         """Whether a shortfall is that of the output: so where there is but one Linear to have one."""
         return len(self.weights) == 1
 
-    def run(self, name: str, tokens: int | None, take: Callable[[Tensor, Tensor], None]) -> None:
-        """Calls `take` with the shortfall and the quantized input of each micro-batch of the set `name`.
+    def run(self, name: str, tokens: int | None, take: Sequence[Callable[[Tensor, Tensor], None]]) -> None:
+        """Calls each of `take`, one for each of `served`, with its shortfall and input of every micro-batch in turn.
 
-        Of all of them, or of some from all over the set with about `tokens` tokens.
+        Of all of the set `name`, or of some from all over it with about `tokens` tokens.
         """
-        pairs = list(zip(*(self._batches(name, lane, tokens) for lane in ("bf16", "nvfp4")), strict=True))
-        for shortfall, inputs in self.walk.ranks.share(pairs, self._look):
-            take(shortfall, inputs)
+        every = zip(*(self._batches(name, lane.lane, tokens) for lane in (self.bf16, *self.served)), strict=True)
+        for seen in self.walk.ranks.share(list(every), self._look):
+            for each, shortfall, inputs in zip(take, seen[::2], seen[1::2], strict=True):
+                each(shortfall, inputs)
 
-    def _look(self, batches: tuple[MicroBatch, ...]) -> tuple[Tensor, Tensor]:
-        """The shortfall and the quantized input of one micro-batch, given in both lanes."""
-        for batch, (lane, _) in zip(batches, (self.bf16, self.nvfp4), strict=True):
-            self.walk.look(lane, batch, self.source)
-        return self._shortfall(), self.nvfp4[1].inputs
+    def _look(self, batches: tuple[MicroBatch, ...]) -> list[Tensor]:
+        """Of one micro-batch, given in every lane: shortfall and input in each that is served."""
+        for lane, batch in zip((self.bf16, *self.served), batches, strict=True):
+            self.walk.look(lane.layer, batch, self.source)
+        weight = next(iter(self.weights.values())) if self.whole else None
+        return [part for lane in self.served for part in short_of(self.bf16.tap, lane.tap, weight)]
 
-    def _batches(self, name: str, lane: str, tokens: int | None) -> tuple[MicroBatch, ...]:
+    def _batches(self, name: str, lane: Lane, tokens: int | None) -> tuple[MicroBatch, ...]:
         stream = self.walk.stream(name, lane)
         assert stream is not None
         return stream.batches if tokens is None else stream.spread_batches(tokens)
 
-    def _shortfall(self) -> Tensor:
-        """x − q `[T, K]`, or W (x − q) + r `[T, N]`, of the last micro-batch."""
-        there, here = self.bf16[1], self.nvfp4[1]
-        shortfall = there.inputs.float() - here.inputs.float()
-        if not self.whole:
-            return shortfall
-        (weight,) = self.weights.values()
-        shortfall = shortfall @ weight.float().T
-        if there.residual is not None and here.residual is not None:
-            shortfall += there.residual.float() - here.residual.float()
-        return shortfall
+
+def short_of(source: GroupTap, served: GroupTap, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `served` falls short of by `source` in their last micro-batch, and its inputs q `[T, K]`.
+
+    x − q `[T, K]`, or W (x − q) + r `[T, N]` of the one `weight` W there is. Where its output is added to the residual
+    stream, both are over the norm of the source's sum, for what is read of the stream is normed: a few tokens (the
+    first of a sequence) carry norms thousands of times the others' and would drown them.
+    """
+    x, q = source.inputs.float(), served.inputs
+    if weight is None:
+        return x - q.float(), q
+    shortfall = (x - q.float()) @ weight.float().T
+    if source.residual is None or served.residual is None:
+        return shortfall, q
+    shortfall += source.residual.float() - served.residual.float()
+    norms = (source.residual.float() + x @ weight.float().T).norm(dim=1, keepdim=True)
+    norms.masked_fill_(norms == 0, 1.0)
+    return shortfall / norms, q.float() / norms
 
 
 def compensate_group(
@@ -108,18 +133,19 @@ def compensate_group(
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The group's weights, moved where that helps, and what was decided, for the record; fills `hessian` with Σ q qᵀ.
 
-    A group with fewer tokens than columns is left as it is, and nothing is decided.
+    Every token counts once in each lane that is served. A group with fewer tokens than columns is left as it is, and
+    nothing is decided.
     """
     first = next(iter(lanes.weights.values()))
     size = first.shape[0] if lanes.whole else first.shape[1]
     ranks = lanes.walk.ranks
     cross = CrossMoment(size, first.shape[1], first.device, (ranks.turn, ranks.size))
 
-    def fit(shortfall: Tensor, inputs: Tensor) -> None:
-        hessian.add(inputs)
+    def fit(shortfall: Tensor, inputs: Tensor, *, again: bool) -> None:
+        hessian.add(inputs, again=again)
         cross.add(shortfall, inputs)
 
-    lanes.run("calibration", None, fit)
+    lanes.run("calibration", None, [partial(fit, again=place > 0) for place in range(len(lanes.served))])
     ranks.fill(hessian.summed_blocks())
     ranks.fill(cross.summed_blocks())
     if hessian.tokens < first.shape[1]:
@@ -130,22 +156,27 @@ def compensate_group(
 
 
 def _judge(lanes: GroupLanes, seed: int) -> Judge:
-    """A sample of the validation set."""
+    """A sample of the validation set, in every lane that is served."""
     stream = lanes.walk.stream("validation", "bf16")
     assert stream is not None
     tokens = sum(batch.num_tokens for batch in stream.spread_batches(WATCHED))
-    shortfalls, inputs = InputSample(tokens, seed), InputSample(tokens, seed)
+    samples = [(InputSample(tokens, seed), InputSample(tokens, seed)) for _ in lanes.served]
 
-    def draw(shortfall: Tensor, seen: Tensor) -> None:
-        shortfalls.add(shortfall)
-        inputs.add(seen)
+    def draw(shortfall: Tensor, inputs: Tensor, sample: tuple[InputSample, InputSample]) -> None:
+        for drawn, rows in zip(sample, (shortfall, inputs), strict=True):
+            drawn.add(rows)
 
-    lanes.run("validation", WATCHED, draw)
-    return Judge(shortfalls.rows(), inputs.rows())
+    lanes.run("validation", WATCHED, [partial(draw, sample=sample) for sample in samples])
+    shortfall, inputs = (torch.cat([drawn.rows() for drawn in part]) for part in zip(*samples, strict=True))
+    return Judge(shortfall, inputs)
 
 
 def compensation_bytes(columns: int, rows: int) -> int:
     """What it takes beside the layer and the Hessian for a Linear `[rows, columns]`: the cross moment, the Cholesky
     factor, blocks of rows, and the sample that judges."""
-    values = columns * (columns + max(rows, columns)) + 4 * BLOCK_ROWS * columns + 2 * SAMPLED * (rows + columns)
+    values = (
+        columns * (columns + max(rows, columns))
+        + 4 * BLOCK_ROWS * columns
+        + 2 * len(SERVED) * SAMPLED * (rows + columns)
+    )
     return torch.float32.itemsize * values

@@ -1,4 +1,4 @@
-"""A decoder layer as each lane runs it: the source's tensors for one, quantized Linears among them for the other."""
+"""A decoder layer as each lane runs it: the source's tensors for one, quantized Linears among them for the others."""
 
 from collections.abc import Mapping
 
@@ -41,8 +41,12 @@ def quantized_layer(
     linears: Mapping[str, QuantizedLinear],
     sites: Mapping[str, InputSite] | None = None,
     kv_scales: KvScales | None = None,
+    *,
+    rounds_inputs: bool = True,
 ) -> LaneLayer:
     """The layer as engines run it: quantized weights, inputs rounded as the group's scheme has it.
+
+    Without `rounds_inputs`, as weight-only engines do.
 
     `kept` are the layer's other tensors and `linears` its quantized ones, both by name relative to the layer;
     groups of which no Linear is in `linears` stay as they are, or get the site that `sites` names for them. With
@@ -52,7 +56,8 @@ def quantized_layer(
     all_sites = dict(sites or {})
     for group in layout.groups(layer):
         if group.linears[0] in linears:
-            all_sites[group.name] = InputSite(_rounding(linears[group.linears[0]], walk))
+            rounding = _rounding(linears[group.linears[0]], walk) if rounds_inputs else None
+            all_sites[group.name] = InputSite(rounding)
     kv_cache = None if kv_scales is None else Fp8KvCache(kv_scales, walk.device)
     return LaneLayer(walk.skeleton, layer, weights, walk.dtype, all_sites, kv_cache)
 

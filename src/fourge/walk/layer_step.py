@@ -1,6 +1,7 @@
 """What a quantization does with one decoder layer: smooth, observe, quantize, and hand the hidden states on."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from fourge.nvfp4.quantize import QuantizedWeight
 from fourge.progress import WalkProgress
 from fourge.settings import QuantizeSettings
 from fourge.walk.choices import Choices
-from fourge.walk.compensation import GroupLanes, GroupTap, compensate_group
+from fourge.walk.compensation import SERVED, GroupLanes, GroupTap, TappedLane, compensate_group
 from fourge.walk.hidden import HiddenFile
 from fourge.walk.kv_cache import KvObserver
 from fourge.walk.lanes import LayerWeights, quantized_layer
@@ -24,7 +25,7 @@ from fourge.walk.linear import InputSite, to_nvfp4
 from fourge.walk.observers import Observers
 from fourge.walk.row_split import quantize_by_rows
 from fourge.walk.smoothing import LayerSmoothing
-from fourge.walk.streams import Stream
+from fourge.walk.streams import Lane, Stream
 from fourge.walk.walk import Advance, Walk
 
 
@@ -230,34 +231,43 @@ class LayerStep:
 
         `whole` are the layer's tensors as the bf16 lane has them.
         """
-        there, here = GroupTap(group), GroupTap(group, input_scale)
-        with (
-            LaneLayer(self.walk.skeleton, self.layer, whole, self.walk.dtype, {group.name: there.site}) as bf16,
-            self._quantized_layer(linears, {group.name: here.site}) as nvfp4,
-        ):
-            there.attach(bf16)
-            here.attach(nvfp4)
-            lanes = GroupLanes(self.walk, source, sources, (bf16, there), (nvfp4, here))
+        with ExitStack() as layers:
+
+            def tapped(lane: Lane) -> TappedLane:
+                tap = GroupTap(group, input_scale if lane == "nvfp4" else None)
+                sites = {group.name: tap.site}
+                if lane == "bf16":
+                    layer = LaneLayer(self.walk.skeleton, self.layer, whole, self.walk.dtype, sites)
+                else:
+                    layer = self._quantized_layer(linears, sites, lane)
+                return TappedLane(lane, layers.enter_context(layer), tap)
+
+            served = [tapped(lane) for lane in SERVED if self.walk.stream("calibration", lane)]
+            lanes = GroupLanes(self.walk, source, sources, tapped("bf16"), served)
             moved, decided = compensate_group(lanes, hessian, self.settings.seed)
         if decided is not None:
             self.output.measures.setdefault("compensation", {})[group.name] = decided
         return moved
 
     def _propagate(self, linears: Mapping[str, QuantizedLinear]) -> None:
-        """Runs the nvfp4 lane, and measures how far the two lanes are apart on the probe."""
-        with self._quantized_layer(linears) as lane:
-            for name in ("calibration", "validation", "probe"):
-                stream = self.walk.stream(name, "nvfp4")
-                if stream is not None:
-                    self._run(lane, stream)
+        """Runs the quantized lanes, and measures how far nvfp4's is from the source's on the probe."""
+        for name in SERVED:
+            streams = [stream for stream in self.walk.streams if stream.lane == name]
+            if streams:
+                with self._quantized_layer(linears, lane=name) as lane:
+                    for stream in streams:
+                        self._run(lane, stream)
         if self.walk.stream("probe", "nvfp4") is not None:
             error = self.walk.relative_error(self.states.target, "probe")
             self.output.measures["hidden_error"] = asdict(error)
             self.output.facts += f"  hidden error {error}"
 
     def _quantized_layer(
-        self, linears: Mapping[str, QuantizedLinear], sites: Mapping[str, InputSite] | None = None
+        self,
+        linears: Mapping[str, QuantizedLinear],
+        sites: Mapping[str, InputSite] | None = None,
+        lane: Lane = "nvfp4",
     ) -> LaneLayer:
-        """The layer with what is quantized of it by now."""
-        kv_scales = self.output.kv_scales
-        return quantized_layer(self.walk, self.layout, self.layer, self.weights, linears, sites, kv_scales)
+        """The layer with what is quantized of it by now, as `lane` runs it."""
+        where = self.walk, self.layout, self.layer, self.weights
+        return quantized_layer(*where, linears, sites, self.output.kv_scales, rounds_inputs=lane == "nvfp4")

@@ -65,7 +65,7 @@ def needs_calibration(settings: QuantizeSettings, choices: Choices) -> bool:
 def passes(settings: QuantizeSettings, choices: Choices) -> tuple[tuple[str, Lane], ...]:
     """Sets and lanes in the order in which their rows lie in a hidden-state file; none where there is no data.
 
-    Calibration and validation sets are in the quantized lane only for methods that look there.
+    Calibration and validation sets are in the quantized lanes only for methods that look there.
     """
     if settings.calibration == "none":
         return ()
@@ -78,4 +78,6 @@ def passes(settings: QuantizeSettings, choices: Choices) -> tuple[tuple[str, Lan
         chosen.append(("validation", "bf16"))
     if choices.compensates:
         chosen.append(("validation", "nvfp4"))
+    if choices.compensates and choices.scales_inputs:
+        chosen += [("calibration", "nvfp4a16"), ("validation", "nvfp4a16")]
     return (*chosen, ("probe", "bf16"), ("probe", "nvfp4"))

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Lane = Literal["bf16", "nvfp4"]
+Lane = Literal["bf16", "nvfp4", "nvfp4a16"]
+"""The source; the checkpoint as an engine with NVFP4 arithmetic runs it; and as a weight-only one does, no input
+rounded."""
 
 
 @dataclass(frozen=True)
