@@ -20,8 +20,8 @@ RECIPES: Mapping[RecipeName, Recipe] = {
     "balanced": Recipe("search", smooth=True),
     "best": Recipe("replay", smooth=True),
 }
-"""From figures on held-out text (`docs/methods.md`). Only `best` needs a Hessian; the others run wherever
-a layer fits. `tuned` is in none of them: what it gains with rounded activations, it loses without."""
+"""From figures on held-out text (`docs/methods.md`). Only `best` needs a Hessian; the others run wherever a layer fits.
+`tuned` is in none of them: it holds three matrices of a Hessian's size, and was not measured on enough models."""
 
 DEFAULT: RecipeName = "best"
 
