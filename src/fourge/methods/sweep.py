@@ -46,20 +46,21 @@ def sweep(rows: int, curvature: Curvature, block_size: int) -> Iterator[tuple[sl
     `fed` arrives as Σ F_ij (w_i − q_i) over all columns i before the block; the caller leaves the block's own w − q
     there. Halving recurs down to the blocks, so that nearly all of the arithmetic is in large matrix products.
     """
-    feedback = curvature.feedback
-    work = feedback.new_zeros(feedback.shape[0], rows)
+    columns = curvature.feedback.shape[0]
+    work = curvature.feedback.new_zeros(columns, rows)
+    return _descend(curvature.feedback, work, slice(0, columns), block_size)
 
-    def descend(start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
-        blocks = -(-(stop - start) // block_size)
-        if blocks == 1:
-            yield slice(start, stop), work[start:stop]
-            return
-        middle = start + blocks // 2 * block_size
-        yield from descend(start, middle)
-        work[middle:stop].addmm_(feedback[start:middle, middle:stop].T, work[start:middle])
-        yield from descend(middle, stop)
 
-    return descend(0, feedback.shape[0])
+def _descend(feedback: Tensor, work: Tensor, columns: slice, block_size: int) -> Iterator[tuple[slice, Tensor]]:
+    blocks = -(-(columns.stop - columns.start) // block_size)
+    if blocks == 1:
+        yield columns, work[columns]
+        return
+    middle = columns.start + blocks // 2 * block_size
+    before, after = slice(columns.start, middle), slice(middle, columns.stop)
+    yield from _descend(feedback, work, before, block_size)
+    work[after].addmm_(feedback[before, after].T, work[before])
+    yield from _descend(feedback, work, after, block_size)
 
 
 def quantized(chunks: Iterable[tuple[Tensor, Tensor]], global_scale: Tensor, curvature: Curvature) -> QuantizedWeight:

@@ -33,20 +33,23 @@ class GroupTap:
     """
 
     def __init__(self, group: LinearGroup, global_scale: Tensor | None = None) -> None:
-        self.site = InputSite(to_nvfp4(global_scale), self._take)
+        seen: dict[str, Tensor] = {}
+
+        def take(x: Tensor) -> None:
+            seen["inputs"] = x.flatten(0, -2)
+            raise SeenEnoughError
+
+        # Not a method: the site must not lead back to the tap, or both outlive the layer, tensors and all.
+        self.site = InputSite(to_nvfp4(global_scale), take)
         self._added_to = group.added_to
-        self._seen: dict[str, Tensor] = {}
+        self._seen = seen
 
     def attach(self, lane: LaneLayer) -> None:
         if self._added_to is not None:
-            lane.observe_input(self._added_to, lambda hidden: self._keep("residual", hidden))
+            lane.observe_input(self._added_to, self._take_residual)
 
-    def _take(self, x: Tensor) -> None:
-        self._keep("inputs", x)
-        raise SeenEnoughError
-
-    def _keep(self, what: str, rows: Tensor) -> None:
-        self._seen[what] = rows.reshape(-1, rows.shape[-1])
+    def _take_residual(self, hidden: Tensor) -> None:
+        self._seen["residual"] = hidden.flatten(0, -2)
 
     @property
     def inputs(self) -> Tensor:
