@@ -33,7 +33,9 @@ def left_to_the_collector(source: str) -> Iterator[Callable[[], list[torch.Size]
 
     def found() -> list[torch.Size]:
         gc.collect()
-        return [x.shape for x in gc.garbage if isinstance(x, torch.Tensor) and x.device.type != "meta"]
+        # Not isinstance, which asks a weak proxy for the class of what is gone.
+        tensors = [x for x in gc.garbage if issubclass(type(x), torch.Tensor)]
+        return [x.shape for x in tensors if x.device.type != "meta"]
 
     yield found
     gc.set_debug(0)
