@@ -240,7 +240,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(server: SseServer) -> None:
     terminal, own = pty.openpty()
     command = [sys.executable, "-m", "fourge", "chat", server.url]
     # In a session of its own whose terminal this is, so that Ctrl-C reaches it as from a keyboard.
-    script = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    # A shell that starts these tests in the background has them ignore it.
+    script = (
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script, *command], stdin=own, stdout=own, stderr=own, start_new_session=True
     )

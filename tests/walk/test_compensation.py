@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fourge
+import fourge.walk.choices
 import fourge.walk.compensation
 import fourge.walk.layer_step
 from fourge.checkpoint.architecture import ARCHITECTURES
@@ -147,3 +148,19 @@ def test_weights_alone(pico: Callable[..., Path], tmp_path: Path) -> None:
     assert not first["compensation"]["self_attn.q_proj+k_proj+v_proj"]["kept"], "nothing is quantized before it"
     assert any(entry["kept"] for entry in second["compensation"].values())
     assert fourge.verify(tmp_path / "out", source=str(pico()), deep=True, threads=1).passed
+
+
+def test_a_linear_too_wide_to_be_compensated_is_replayed(
+    pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`down_proj` here, as if a recipe file had said so."""
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps({"rules": [{"targets": "re:.*down_proj", "method": "replay"}]}))
+    fourge.quantize(str(pico()), tmp_path / "asked", method="tuned", recipe_file=rules, **OPTIONS)
+    monkeypatch.setattr(fourge.walk.choices, "MOST_COLUMNS", 64)
+    fourge.quantize(str(pico()), tmp_path / "too wide", method="tuned", **OPTIONS)
+    events = json.loads((tmp_path / "too wide" / "fourge.json").read_text())["events"]
+    told = {"event": "too wide to be compensated: replay", "group": "mlp.down_proj"}
+    assert [told.items() <= event.items() for event in events] == [True, True]
+    for path in (tmp_path / "asked").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "too wide" / path.name).read_bytes()

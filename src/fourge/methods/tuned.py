@@ -26,6 +26,9 @@ STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MOST_MOVED = 0.25
 """No ‖W* − W‖ / ‖W‖ is larger: what moves further gained nothing, and `fourge verify` still tells it from damage."""
 
+MOST_COLUMNS = 32768
+"""No wider Linear is compensated: three FP32 matrices of K² are 13 GB there, and 34 GB for a 405B model's 53,248."""
+
 BLOCK_ROWS = 4096
 _TOKENS_PER_CHUNK = 4096
 _ROWS_SUMMED = 1024

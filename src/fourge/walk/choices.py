@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 from torch import nn
 
@@ -11,18 +11,24 @@ from fourge.errors import InputError
 from fourge.methods import find_method
 from fourge.methods.base import Method
 from fourge.methods.fp8 import Fp8Rows
+from fourge.methods.tuned import MOST_COLUMNS
 from fourge.settings import DEFAULT_IGNORE, DEFAULT_TARGETS, LinearScheme, QuantizeSettings, Rule, RuleScheme, Scheme
 from fourge.walk.selection import require_match, select_linears
 
 _FP8 = Fp8Rows()
+_UNCOMPENSATED = find_method("replay")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """`schemes` and `methods` of every Linear that is quantized, by full name; and what any of the methods wants."""
+    """`schemes` and `methods` of every Linear that is quantized, by full name; and what any of the methods wants.
+
+    `too_wide` are those of more columns than are compensated: `replay` has taken the place of their `tuned`.
+    """
 
     schemes: Mapping[str, LinearScheme]
     methods: Mapping[str, Method]
+    too_wide: frozenset[str] = frozenset()
 
     def method(self, prefix: str, group: LinearGroup) -> Method:
         """That of a group, whose Linears' names begin with `prefix`."""
@@ -79,7 +85,9 @@ class Selection:
             if scheme != "BF16":
                 schemes[name] = scheme
                 methods[name] = _FP8 if scheme == "FP8" else find_method(asked_methods.get(name, self.method))
-        choices = Choices(schemes, methods)
+        wide = {name for name in methods if cast(nn.Linear, linears[name]).in_features > MOST_COLUMNS}
+        too_wide = frozenset(name for name in wide if methods[name].compensates)
+        choices = Choices(schemes, methods | dict.fromkeys(too_wide, _UNCOMPENSATED), too_wide)
         if self.rules:
             _require_whole_groups(choices, architecture, num_layers)
             if set(schemes.values()) <= {"FP8"}:

@@ -162,6 +162,8 @@ class LayerStep:
             input_scale = self._input_scale(group, seen)
             sources = {name: self._source(name) for name in group.linears}
             targets = sources
+            if self.prefix + group.linears[0] in self.choices.too_wide:
+                self.output.events.append({"event": "too wide to be compensated: replay", "group": group.name})
             if seen is not None and method.needs_hessian:
                 seen.hessian = self._new_hessian(group)
                 before = linears, input_scale, seen.hessian, self.states.source
