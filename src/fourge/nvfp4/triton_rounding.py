@@ -43,11 +43,13 @@ _ZERO_CODE, _ZERO_SCALE = tl.constexpr(e4m3_encode(ZERO_SCALE)), tl.constexpr(ZE
 
 @triton.jit
 def bits_of(x):
+    """FP32's bits, int32."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def number(bits):
+    """The FP32 number of int32 bits."""
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -106,6 +108,7 @@ def e4m3(x):
 
 @triton.jit
 def e4m3_value(code):
+    """FP32, of an E4M3 code that is not negative."""
     normal = number((code + _E4M3_BIAS) << _E4M3_SHIFT)
     return tl.where(code < FIRST_NORMAL, code.to(tl.float32) * _E4M3_STEP, normal)
 
