@@ -5,7 +5,7 @@ and prints seconds a layer by stage, peak memory, bytes moved, and what 126 laye
 with the 512 × 2,048 of a real run, for which the stages that grow with the tokens are multiplied. Beside it, in the
 same run, `cp` and `sync` of a layer's file. Exits with 1 where a run took more than 24 GiB of the host's memory.
 
-    python benchmarks/wide.py --device cuda --layers 2 --runs "W4A4, best" --samples 32 --length 2048
+    python benchmarks/wide.py --device cuda --layers 2 --runs "W4A4, replay" --samples 32 --length 2048
 """
 
 import argparse
@@ -38,6 +38,7 @@ RUNS = {
     "weight-only, search": [*WEIGHT_ONLY, "--method", "search"],
     "W4A4, max": ["--method", "max"],
     "W4A4, search": ["--method", "search"],
+    "W4A4, replay": ["--method", "replay", "--smooth"],
     "W4A4, best": ["--recipe", "best"],
 }
 USUAL = list(RUNS)[:4]

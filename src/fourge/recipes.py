@@ -18,10 +18,10 @@ class Recipe:
 RECIPES: Mapping[RecipeName, Recipe] = {
     "fast": Recipe("search", smooth=False),
     "balanced": Recipe("search", smooth=True),
-    "best": Recipe("replay", smooth=True),
+    "best": Recipe("tuned", smooth=True),
 }
-"""From figures on held-out text (`docs/methods.md`). Only `best` needs a Hessian; the others run wherever a layer fits.
-`tuned` is in none of them: it holds three matrices of a Hessian's size, and was not measured on enough models."""
+"""From figures on held-out text (`docs/methods.md`). Only `best` needs a Hessian, and two matrices of its size beside
+it; the others run wherever a layer fits."""
 
 DEFAULT: RecipeName = "best"
 

@@ -29,6 +29,18 @@ def test_sums_match_fp64(columns: int) -> None:
     torch.testing.assert_close(accumulator.diagonal.double(), expected.diagonal(), rtol=1e-5, atol=1e-4)
 
 
+def test_a_weight_counts_tokens_as_so_many() -> None:
+    x, once = torch.randn(5, 1040), torch.randn(7, 1040)
+    weighted, repeated = HessianAccumulator(1040), HessianAccumulator(1040)
+    for accumulator in (weighted, repeated):
+        accumulator.add(once)
+    weighted.add(x, weight=3.0)
+    for _ in range(3):
+        repeated.add(x)
+    assert (weighted.tokens, repeated.tokens) == (12, 22)
+    torch.testing.assert_close(weighted.matrix, repeated.matrix, rtol=1e-5, atol=1e-4)
+
+
 def test_reading_the_matrix_does_not_disturb_the_sum() -> None:
     x = torch.randn(30, 1040, dtype=torch.float64)
     read, unread = (HessianAccumulator(1040, dtype=torch.float64) for _ in range(2))

@@ -76,6 +76,14 @@ def test_the_objective_falls(seed: int) -> None:
     assert torch.allclose(alone.weights["w"], moved, rtol=1e-3, atol=1e-5)
 
 
+def test_a_weight_counts_tokens_as_so_many() -> None:
+    s, q = torch.randn(5, 24), torch.randn(5, 32)
+    cross = CrossMoment(24, 32)
+    cross.add(s, q)
+    cross.add(s, q, 3.0)
+    torch.testing.assert_close(cross.sum, 4 * s.T @ q)
+
+
 def test_the_reported_error_is_that_of_the_judge_s_tokens() -> None:
     weight, x = problem(5, tokens=1024)
     q = rounded(x)

@@ -419,7 +419,7 @@ def test_a_real_jobs_figures(finished: Path) -> None:
     steps = [json.loads(line) for line in (finished / ".fourge/metrics.jsonl").read_text().splitlines()]
     seconds = sum(step["seconds"] for step in steps)
     assert f"{size:,} bytes" in text
-    assert "second moments; 14 Linears another way, as recorded below; input scales" in text
+    assert "before them; 14 Linears another way, as recorded below; input scales" in text
     assert "weighted search instead (8 ×)" in text
     assert "**Calibration set** | random tokens" in text and "held-out tokens of random tokens" in text
     assert row(text, "Perplexity, this model")[1].startswith(f"{fidelity['perplexity_nvfp4']['mean']:,.3f}")

@@ -26,9 +26,9 @@ def test_recipes_name_methods_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("asked", "has_data", "expected"),
     [
-        ((None, None, None), True, Recipe("replay", True)),
+        ((None, None, None), True, Recipe("tuned", True)),
         ((None, None, None), False, Recipe("search", False)),
-        ((None, None, False), True, Recipe("replay", False)),
+        ((None, None, False), True, Recipe("tuned", False)),
         ((None, "max", None), True, Recipe("max", False)),
         ((None, "max", True), True, Recipe("max", True)),
         (("fast", None, None), True, Recipe("search", False)),
@@ -45,6 +45,6 @@ def test_what_was_named_wins_over_the_recipe(asked: Any, has_data: bool, expecte
 
 def test_the_default_in_a_job(pico: Callable[..., Path], tmp_path: Path) -> None:
     fourge.quantize(str(pico()), tmp_path / "w4a4", calibration="random", **FEW)
-    assert settings_of(tmp_path / "w4a4") == ("replay", True)
+    assert settings_of(tmp_path / "w4a4") == ("tuned", True)
     fourge.quantize(str(pico()), tmp_path / "weights alone", scheme="NVFP4A16", threads=1)
     assert settings_of(tmp_path / "weights alone") == ("search", False)

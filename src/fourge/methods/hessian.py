@@ -41,8 +41,8 @@ class HessianAccumulator:
         first, of = own
         self._own = range(first * _COLUMNS_PER_BLOCK, columns, of * _COLUMNS_PER_BLOCK)
 
-    def add(self, x: Tensor, *, again: bool = False) -> None:
-        """Takes inputs `[..., K]` of any float dtype; `again`: of tokens that are counted already."""
+    def add(self, x: Tensor, *, weight: float = 1.0, again: bool = False) -> None:
+        """Adds `weight` XᵀX of inputs `[..., K]` of any float dtype; `again`: of tokens that are counted already."""
         tokens = x.reshape(-1, x.shape[-1])
         self.tokens += 0 if again else tokens.shape[0]
         for chunk in torch.split(tokens, _TOKENS_PER_CHUNK):
@@ -50,7 +50,7 @@ class HessianAccumulator:
             # Only the blocks on and above the diagonal: half the arithmetic; `matrix` mirrors them.
             for start in self._own:
                 block, left = self._sum[start : start + _COLUMNS_PER_BLOCK, start:], x_tk[:, start:]
-                _add_product_(block, left[:, :_COLUMNS_PER_BLOCK].T, left)
+                _add_product_(block, left[:, :_COLUMNS_PER_BLOCK].T, left, weight)
 
     def _multiplies(self, x: Tensor) -> bool:
         """Whether `x` can be multiplied as it is, into sums of our dtype."""
@@ -83,12 +83,12 @@ class HessianAccumulator:
         return self._sum
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds `left` `right` to `total`, in whose dtype sums are kept."""
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, weight: float) -> None:
+    """Adds `weight` times `left` `right` to `total`, in whose dtype sums are kept."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, alpha=weight)
     else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=weight, out=total)
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,13 @@ class CrossMoment:
         self.sum = torch.zeros(size, columns, device=device)
         self._own = own
 
-    def add(self, shortfall: Tensor, inputs: Tensor) -> None:
-        """Takes s `[T, S]` and q `[T, K]`."""
+    def add(self, shortfall: Tensor, inputs: Tensor, weight: float = 1.0) -> None:
+        """Adds `weight` times the sum over s `[T, S]` and q `[T, K]`."""
         for s, q in zip(*(torch.split(rows, _TOKENS_PER_CHUNK) for rows in (shortfall, inputs)), strict=True):
             columns, q_tk = s.float().split(_ROWS_SUMMED, dim=1), q.float()
             first, of = self._own
             for block, s_tn in zip(self.summed_blocks()[first::of], columns[first::of], strict=True):
-                block.addmm_(s_tn.T, q_tk)
+                block.addmm_(s_tn.T, q_tk, alpha=weight)
 
     def summed_blocks(self) -> list[Tensor]:
         """See `HessianAccumulator.summed_blocks`."""

@@ -3,9 +3,11 @@
 Fitted on calibration tokens, its strength chosen on validation tokens; see `fourge.methods.tuned`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from fourge.walk.linear import InputSite, to_nvfp4
 from fourge.walk.observers import SeenEnoughError
 from fourge.walk.smoothing import SAMPLED, WATCHED, InputSample
 from fourge.walk.streams import Lane, MicroBatch
-from fourge.walk.walk import Walk
+from fourge.walk.walk import Walk, look
 
-SERVED: tuple[Lane, ...] = ("nvfp4", "nvfp4a16")
-"""The lanes that a checkpoint is run as; the second where the first rounds inputs and something compensates."""
+SERVED: Mapping[Lane, float] = {"nvfp4": 1.0, "nvfp4a16": 3.0}
+"""The lanes that a checkpoint is run as, the second where the first rounds inputs and something compensates; and how
+much a token counts in each. Alike, the larger errors of the first had their way, at the second's cost (docs/LOG.md)."""
 
 
 class GroupTap:
@@ -94,17 +97,19 @@ class GroupLanes:
 
         Of all of the set `name`, or of some from all over it with about `tokens` tokens.
         """
-        every = zip(*(self._batches(name, lane.lane, tokens) for lane in (self.bf16, *self.served)), strict=True)
-        for seen in self.walk.ranks.share(list(every), self._look):
-            for each, shortfall, inputs in zip(take, seen[::2], seen[1::2], strict=True):
-                each(shortfall, inputs)
-
-    def _look(self, batches: tuple[MicroBatch, ...]) -> list[Tensor]:
-        """Of one micro-batch, given in every lane: shortfall and input in each that is served."""
-        for lane, batch in zip((self.bf16, *self.served), batches, strict=True):
-            self.walk.look(lane.layer, batch, self.source)
+        lanes = (self.bf16, *self.served)
+        every = list(zip(*(self._batches(name, lane.lane, tokens) for lane in lanes), strict=True))
         weight = next(iter(self.weights.values())) if self.whole else None
-        return [part for lane in self.served for part in short_of(self.bf16.tap, lane.tap, weight)]
+        with self.walk.rows(chain.from_iterable(self.walk.ranks.own(every)), self.source) as coming:
+
+            def run_one(batches: tuple[MicroBatch, ...]) -> list[Tensor]:
+                for lane, batch in zip(lanes, batches, strict=True):
+                    look(lane.layer, batch, next(coming))
+                return [part for lane in self.served for part in short_of(self.bf16.tap, lane.tap, weight)]
+
+            for seen in self.walk.ranks.share(every, run_one):
+                for each, shortfall, inputs in zip(take, seen[::2], seen[1::2], strict=True):
+                    each(shortfall, inputs)
 
     def _batches(self, name: str, lane: Lane, tokens: int | None) -> tuple[MicroBatch, ...]:
         stream = self.walk.stream(name, lane)
@@ -136,19 +141,20 @@ def compensate_group(
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The group's weights, moved where that helps, and what was decided, for the record; fills `hessian` with Σ q qᵀ.
 
-    Every token counts once in each lane that is served. A group with fewer tokens than columns is left as it is, and
-    nothing is decided.
+    Every token counts in each lane that is served, as `SERVED` says. A group with fewer tokens than columns is left as
+    it is, and nothing is decided.
     """
     first = next(iter(lanes.weights.values()))
     size = first.shape[0] if lanes.whole else first.shape[1]
     ranks = lanes.walk.ranks
     cross = CrossMoment(size, first.shape[1], first.device, (ranks.turn, ranks.size))
 
-    def fit(shortfall: Tensor, inputs: Tensor, *, again: bool) -> None:
-        hessian.add(inputs, again=again)
-        cross.add(shortfall, inputs)
+    def fit(shortfall: Tensor, inputs: Tensor, *, lane: TappedLane) -> None:
+        weight = SERVED[lane.lane]
+        hessian.add(inputs, weight=weight, again=lane is not lanes.served[0])
+        cross.add(shortfall, inputs, weight)
 
-    lanes.run("calibration", None, [partial(fit, again=place > 0) for place in range(len(lanes.served))])
+    lanes.run("calibration", None, [partial(fit, lane=lane) for lane in lanes.served])
     ranks.fill(hessian.summed_blocks())
     ranks.fill(cross.summed_blocks())
     if hessian.tokens < first.shape[1]:
@@ -170,7 +176,11 @@ def _judge(lanes: GroupLanes, seed: int) -> Judge:
             drawn.add(rows)
 
     lanes.run("validation", WATCHED, [partial(draw, sample=sample) for sample in samples])
-    shortfall, inputs = (torch.cat([drawn.rows() for drawn in part]) for part in zip(*samples, strict=True))
+    counts = [math.sqrt(SERVED[lane.lane]) for lane in lanes.served]
+    shortfall, inputs = (
+        torch.cat([count * drawn.rows().float() for count, drawn in zip(counts, part, strict=True)])
+        for part in zip(*samples, strict=True)
+    )
     return Judge(shortfall, inputs)
 
 

@@ -1,6 +1,6 @@
 """The pass itself: token sequences through one layer of one lane, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 
@@ -80,7 +80,7 @@ class Walk:
         """
         listening = observers or Observers()
         refused = out_of_range(layer.index, f"the {stream.name} set", stream.lane, self.dtype)
-        with self._rows(stream.batches, source) as coming, RowWriter(target, refused) as writer:
+        with self.rows(self.ranks.own(stream.batches), source) as coming, RowWriter(target, refused) as writer:
 
             def forward(batch: MicroBatch) -> Sequence[Tensor]:
                 rows = next(coming)
@@ -96,25 +96,21 @@ class Walk:
 
     def watch(self, layer: LaneLayer, batches: Sequence[MicroBatch], source: HiddenFile, observers: Observers) -> None:
         """Runs `batches` through `layer` for its observers' sake alone, up to `SeenEnoughError`."""
-        with self._rows(batches, source) as coming:
+        with self.rows(self.ranks.own(batches), source) as coming:
 
             def forward(batch: MicroBatch) -> Sequence[Tensor]:
-                _look(layer, batch, next(coming))
+                look(layer, batch, next(coming))
                 return observers.collect()
 
             for _, seen in self._each(batches, forward):
                 observers.add(seen)
 
-    def look(self, layer: LaneLayer, batch: MicroBatch, source: HiddenFile) -> None:
-        """Runs one micro-batch through `layer`, up to `SeenEnoughError`; on this rank alone."""
-        _look(layer, batch, source.read(batch.first_row, batch.last_row).to(self.device))
-
-    def _rows(
-        self, batches: Sequence[MicroBatch], source: HiddenFile
+    def rows(
+        self, batches: Iterable[MicroBatch], source: HiddenFile
     ) -> AbstractContextManager[Generator[Tensor, None, None]]:
-        """The rows of those of `batches` that are this rank's, one micro-batch after the other."""
-        own = [(batch.first_row, batch.last_row) for batch in self.ranks.own(batches)]
-        return closing(read_rows(source, own, self.device))
+        """The rows of `batches`, one micro-batch after the other, on this rank alone."""
+        places = [(batch.first_row, batch.last_row) for batch in batches]
+        return closing(read_rows(source, places, self.device))
 
     def _each(
         self, batches: Sequence[MicroBatch], work: Callable[[MicroBatch], Sequence[Tensor]]
@@ -188,7 +184,8 @@ class Walk:
             advance((stop - start) / info.shape[0], 0)
 
 
-def _look(layer: LaneLayer, batch: MicroBatch, rows: Tensor) -> None:
+def look(layer: LaneLayer, batch: MicroBatch, rows: Tensor) -> None:
+    """Runs the `rows` of one micro-batch through `layer`, up to `SeenEnoughError`."""
     with suppress(SeenEnoughError):
         layer(rows.view(batch.count, batch.length, -1))
 
