@@ -29,6 +29,7 @@ from measured import Measured, kill_running, run_measured
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "fidelity"
+OURS = ("max", "search", "gptq", "replay --smooth", "tuned --smooth")
 
 
 class OtherTokensError(Exception):
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours: a GPU wants more at once")
-    parser.add_argument("--methods", nargs="*", default=["max", "search", "gptq", "replay --smooth", "tuned --smooth"], help="of ours, with flags")
+    parser.add_argument("--methods", nargs="*", default=OURS, help="of ours, with flags")
     parser.add_argument("--llmcompressor-python", dest="llm-compressor")
     parser.add_argument("--modelopt-python", dest="Model-Optimizer")
     parser.add_argument("--autoround-python", dest="AutoRound")
