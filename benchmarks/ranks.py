@@ -1,6 +1,6 @@
 """How the work of one quantization divides among ranks, on this machine, and a model of it beyond.
 
-A synthetic Llama is quantized by the default recipe with 1, 2, … ranks of one thread each, and by one process with as
+A synthetic Llama is quantized by `replay --smooth` with 1, 2, … ranks of one thread each, and by one process with as
 many threads. Compared are the CPU seconds of the busiest rank, imports left out: what the job takes where every rank
 has a core of its own and sending costs no waiting. Seconds on the clock, of whole processes, stand beside it; with
 fewer free cores than ranks, or with other work on them, they say little. Exits with 1 where outputs differ.

@@ -15,6 +15,7 @@ from forked_runs import OPTIONS, Zygote, committed_steps, require_same
 from fourge.errors import InputError
 from fourge.launch import read_launch
 from fourge.methods.hessian import HessianAccumulator
+from fourge.recipes import DEFAULT, RECIPES
 from fourge.walk.job import INDEX
 from fourge.walk.ranks import spans
 
@@ -36,16 +37,19 @@ def require_any_number_of_ranks(zygote: Zygote, model: Path, folder: Path, count
         require_same(folder / str(ranks), folder / "1")
 
 
-def test_the_default_recipe_writes_the_same_bytes_with_1_2_and_3_ranks(
+def test_replay_smoothed_writes_the_same_bytes_with_1_2_and_3_ranks(
     zygote: Zygote, pico: Callable[..., Path], tmp_path: Path
 ) -> None:
     choices: dict[str, Any] = {"method": "replay", "smooth": True, "kv_cache_scheme": "fp8"}
     require_any_number_of_ranks(zygote, pico(), tmp_path, [2, 3], **choices)
 
 
-def test_tuned_writes_the_same_bytes_with_2_ranks(zygote: Zygote, pico: Callable[..., Path], tmp_path: Path) -> None:
-    """It runs both lanes at once, and sums a second matrix."""
-    require_any_number_of_ranks(zygote, pico(), tmp_path, [2], method="tuned")
+def test_the_default_recipe_writes_the_same_bytes_with_2_ranks(
+    zygote: Zygote, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`tuned` runs all lanes at once, and sums a second matrix."""
+    recipe = RECIPES[DEFAULT]
+    require_any_number_of_ranks(zygote, pico(), tmp_path, [2], method=recipe.method, smooth=recipe.smooth)
 
 
 @pytest.mark.slow

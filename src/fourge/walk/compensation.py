@@ -176,9 +176,9 @@ def _judge(lanes: GroupLanes, seed: int) -> Judge:
             drawn.add(rows)
 
     lanes.run("validation", WATCHED, [partial(draw, sample=sample) for sample in samples])
-    counts = [math.sqrt(SERVED[lane.lane]) for lane in lanes.served]
+    roots = [math.sqrt(SERVED[lane.lane]) for lane in lanes.served]  # errors are squared
     shortfall, inputs = (
-        torch.cat([count * drawn.rows().float() for count, drawn in zip(counts, part, strict=True)])
+        torch.cat([root * drawn.rows().float() for root, drawn in zip(roots, part, strict=True)])
         for part in zip(*samples, strict=True)
     )
     return Judge(shortfall, inputs)
