@@ -96,7 +96,7 @@ def test_the_reported_error_is_that_of_the_judge_s_tokens() -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_every_strength_is_judged_and_the_best_that_moves_no_weight_too_far_wins(whole: bool) -> None:
+def test_of_all_strengths_the_best_that_moves_no_weight_too_far_wins(whole: bool) -> None:
     """Each as the textbook has it, on tokens that were not fitted: few were, so the weakest penalty is not the best."""
     weight, x = problem(1, tokens=1152)
     q = rounded(x)

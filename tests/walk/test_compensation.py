@@ -15,7 +15,7 @@ import fourge.walk.compensation
 import fourge.walk.layer_step
 from fourge.checkpoint.architecture import ARCHITECTURES
 from fourge.methods.tuned import Compensated, Judge
-from fourge.walk.compensation import GroupTap, short_of
+from fourge.walk.compensation import GroupTap, output_norms, short_of
 from fourge.walk.observers import SeenEnoughError
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -120,9 +120,10 @@ def test_a_loud_token_counts_as_the_others_do() -> None:
     x, residual = torch.randn(5, 32, generator=generator), torch.randn(5, 24, generator=generator)
     q, drifted = x + 0.1 * torch.randn(5, 32, generator=generator), 0.9 * residual
     loudness = torch.tensor([1, 1000, 1, 0, 1])[:, None]
-    shortfall, inputs = short_of(tap_that_saw(x, residual), tap_that_saw(q, drifted), weight)
+    sources, served = tap_that_saw(x, residual), tap_that_saw(q, drifted)
+    shortfall, inputs = short_of(sources, served, weight, output_norms(sources, weight))
     sources, served = tap_that_saw(loudness * x, loudness * residual), tap_that_saw(loudness * q, loudness * drifted)
-    loud_shortfall, loud_inputs = short_of(sources, served, weight)
+    loud_shortfall, loud_inputs = short_of(sources, served, weight, output_norms(sources, weight))
     silent = loudness == 0
     assert torch.allclose(loud_shortfall, shortfall.masked_fill(silent, 0), atol=1e-6)
     assert torch.allclose(loud_inputs, inputs.masked_fill(silent, 0), atol=1e-6)

@@ -85,19 +85,16 @@ def compensate(
 ) -> Compensated:
     """The best W* among `STRENGTHS` for a group's `weights`, name → `[N, K]`; `hessian` Σ q qᵀ FP32 is left as it is.
 
-    `whole`: `cross` and `judge` hold u, of the one Linear that there is, and not x − q. A strength at which the
-    Cholesky factorization fails, or a weight would move too far, is passed over.
+    `whole`: `cross` and `judge` hold u, of the one Linear that there is, and not x − q. The less the penalty, the
+    further weights move: so they are tried from the strongest on, until the judge's error rises.
     """
     best: tuple[float, float | None] = (1.0, None)
     mean = hessian.diagonal().mean().item()
-    for strength in STRENGTHS if mean > 0 else ():
-        root = _cholesky(hessian, strength * mean)
-        if root is not None:
-            tried = [_try(_steps(weight, cross, root, whole), weight, judge, whole) for weight in weights.values()]
-            if max(moved for _, moved in tried) <= MOST_MOVED:
-                error = math.sqrt(sum(left for left, _ in tried) / len(tried))
-                best = min(best, (error, strength), key=lambda choice: choice[0])
-        del root
+    for strength in reversed(STRENGTHS) if mean > 0 else ():
+        error = _error_at(strength * mean, weights, hessian, cross, judge, whole)
+        if error >= best[0]:
+            break
+        best = error, strength
     error, chosen = best
     if chosen is None:
         return Compensated(dict(weights), None, 1.0)
@@ -108,6 +105,19 @@ def compensate(
         for rows, step in _steps(weight, cross, root, whole):
             weight[rows] = (weight[rows].float() + step).to(weight.dtype)
     return Compensated(moved, chosen, error)
+
+
+def _error_at(
+    dampening: float, weights: Mapping[str, Tensor], hessian: Tensor, cross: CrossMoment, judge: Judge, whole: bool
+) -> float:
+    """`Compensated.error` with λ = `dampening`: infinite where the factorization fails or a weight moves too far."""
+    root = _cholesky(hessian, dampening)
+    if root is None:
+        return math.inf
+    tried = [_try(_steps(weight, cross, root, whole), weight, judge, whole) for weight in weights.values()]
+    if max(moved for _, moved in tried) > MOST_MOVED:
+        return math.inf
+    return math.sqrt(sum(left for left, _ in tried) / len(tried))
 
 
 def _steps(weight: Tensor, cross: CrossMoment, root: Tensor, whole: bool) -> Iterator[tuple[slice, Tensor]]:

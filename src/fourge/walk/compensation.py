@@ -105,7 +105,8 @@ class GroupLanes:
             def run_one(batches: tuple[MicroBatch, ...]) -> list[Tensor]:
                 for lane, batch in zip(lanes, batches, strict=True):
                     look(lane.layer, batch, next(coming))
-                return [part for lane in self.served for part in short_of(self.bf16.tap, lane.tap, weight)]
+                norms = output_norms(self.bf16.tap, weight)
+                return [part for lane in self.served for part in short_of(self.bf16.tap, lane.tap, weight, norms)]
 
             for seen in self.walk.ranks.share(every, run_one):
                 for each, shortfall, inputs in zip(take, seen[::2], seen[1::2], strict=True):
@@ -117,22 +118,34 @@ class GroupLanes:
         return stream.batches if tokens is None else stream.spread_batches(tokens)
 
 
-def short_of(source: GroupTap, served: GroupTap, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def output_norms(source: GroupTap, weight: Tensor | None) -> Tensor | None:
+    """Norms `[T, 1]` of the residual stream once the source's output W x is added to it; None where it is not.
+
+    `weight` W is the one that there is; zero norms are given as 1.
+    """
+    if weight is None or source.residual is None:
+        return None
+    norms = (source.residual.float() + source.inputs.float() @ weight.float().T).norm(dim=1, keepdim=True)
+    return norms.masked_fill_(norms == 0, 1.0)
+
+
+def short_of(
+    source: GroupTap, served: GroupTap, weight: Tensor | None, norms: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """What `served` falls short of by `source` in their last micro-batch, and its inputs q `[T, K]`.
 
     x − q `[T, K]`, or W (x − q) + r `[T, N]` of the one `weight` W there is. Where its output is added to the residual
-    stream, both are over the norm of the source's sum, for what is read of the stream is normed: a few tokens (the
+    stream, both are over `norms` of the source's sum, for what is read of the stream is normed: a few tokens (the
     first of a sequence) carry norms thousands of times the others' and would drown them.
     """
-    x, q = source.inputs.float(), served.inputs
+    missing, q = source.inputs.float() - served.inputs.float(), served.inputs
     if weight is None:
-        return x - q.float(), q
-    shortfall = (x - q.float()) @ weight.float().T
-    if source.residual is None or served.residual is None:
+        return missing, q
+    shortfall = missing @ weight.float().T
+    if norms is None:
         return shortfall, q
+    assert source.residual is not None and served.residual is not None
     shortfall += source.residual.float() - served.residual.float()
-    norms = (source.residual.float() + x @ weight.float().T).norm(dim=1, keepdim=True)
-    norms.masked_fill_(norms == 0, 1.0)
     return shortfall / norms, q.float() / norms
 
 
