@@ -129,9 +129,7 @@ def output_norms(source: GroupTap, weight: Tensor | None) -> Tensor | None:
     return norms.masked_fill_(norms == 0, 1.0)
 
 
-def short_of(
-    source: GroupTap, served: GroupTap, weight: Tensor | None, norms: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def short_of(source: GroupTap, served: GroupTap, weight: Tensor | None, norms: Tensor | None) -> tuple[Tensor, Tensor]:
     """What `served` falls short of by `source` in their last micro-batch, and its inputs q `[T, K]`.
 
     x − q `[T, K]`, or W (x − q) + r `[T, N]` of the one `weight` W there is. Where its output is added to the residual
