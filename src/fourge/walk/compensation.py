@@ -125,7 +125,8 @@ def output_norms(source: GroupTap, weight: Tensor | None) -> Tensor | None:
     """
     if weight is None or source.residual is None:
         return None
-    norms = (source.residual.float() + source.inputs.float() @ weight.float().T).norm(dim=1, keepdim=True)
+    after = source.residual.float() + source.inputs.float() @ weight.float().T
+    norms: Tensor = after.norm(dim=1, keepdim=True)
     return norms.masked_fill_(norms == 0, 1.0)
 
 
