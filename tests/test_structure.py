@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "cli": {
         *("card", "page", "push", "sign", "sbom", "chat", "compare", "serve"),
         *("evaluate", "plan", "quantize", "sensitivity", "verify", "convert", "report"),
-        *("errors", "launch"),
+        *("errors", "launch", "_version"),
     },
 }
 """Which rooms (and single files) of the package a room may know."""
@@ -102,3 +103,8 @@ def test_the_readme_names_every_file() -> None:
     names = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
     files = {path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert files <= names
+
+
+def test_the_command_says_its_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "fourge", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"fourge {version('fourge')}\n"

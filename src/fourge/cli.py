@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fourge._version import __version__
 from fourge.card import card
 from fourge.chat import chat
 from fourge.compare import compare
@@ -44,8 +45,18 @@ from fourge.verify import verify
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fourge {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _fourge() -> None:
+def _fourge(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
     """BF16 language models of any size to verified NVFP4 checkpoints, on one ordinary machine."""
 
 
