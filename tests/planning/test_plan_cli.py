@@ -54,6 +54,12 @@ def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
     assert "64 × SM120 of 6 GiB (6.4 GB = 6.0 GiB each): does not: weights of 3.7 GiB" in out
 
 
+def test_memory_is_said_to_be_beside_the_packages(tmp_path: Path) -> None:
+    code, out, _ = run(write_config(tmp_path))
+    (line,) = (line for line in out.splitlines() if line.lstrip().startswith("host memory"))
+    assert code == 0 and line.endswith("free; Python's packages take some 600 MB more")
+
+
 def test_a_context_that_fits_nowhere(tmp_path: Path) -> None:
     """Eight key-value heads spread over eight GPUs and no more."""
     code, out, _ = run(write_config(tmp_path), "--gpu", "l40s", "--concurrency", "64")
