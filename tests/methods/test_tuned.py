@@ -125,6 +125,17 @@ def test_other_tokens_that_gain_nothing_keep_the_weights() -> None:
     assert torch.equal(found.weights["w"], weight)
 
 
+@pytest.mark.parametrize("where", ["cross", "judge"])
+def test_what_is_no_number_is_no_gain(where: str) -> None:
+    weight, x = problem(1)
+    q = rounded(x)
+    cross, judge = fitted(x, q), Judge(x - q, q.clone())
+    (cross.sum if where == "cross" else judge.inputs)[3, 3] = torch.nan
+    found = compensate({"w": weight}, q.T @ q, cross, judge, whole=False)
+    assert (found.strength, found.error) == (None, 1.0)
+    assert torch.equal(found.weights["w"], weight)
+
+
 def test_inputs_that_are_always_zero_move_nothing() -> None:
     weight, _ = problem(2)
     nothing = torch.zeros(64, weight.shape[1])

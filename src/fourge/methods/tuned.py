@@ -92,7 +92,7 @@ def compensate(
     mean = hessian.diagonal().mean().item()
     for strength in reversed(STRENGTHS) if mean > 0 else ():
         error = _error_at(strength * mean, weights, hessian, cross, judge, whole)
-        if error >= best[0]:
+        if not error < best[0]:  # NaN is not
             break
         best = error, strength
     error, chosen = best
@@ -115,7 +115,7 @@ def _error_at(
     if root is None:
         return math.inf
     tried = [_try(_steps(weight, cross, root, whole), weight, judge, whole) for weight in weights.values()]
-    if max(moved for _, moved in tried) > MOST_MOVED:
+    if not all(moved <= MOST_MOVED for _, moved in tried):
         return math.inf
     return math.sqrt(sum(left for left, _ in tried) / len(tried))
 
