@@ -137,7 +137,7 @@ def _quantizing_lines(cost: "QuantizingCost") -> list[str]:
         f"{tokens.probe:,} for the probe",
         f"  disk           {_resource(cost.disk)}: {format_bytes(cost.disk_output)} output, "
         f"{format_bytes(cost.disk_hidden_states)} hidden states",
-        f"  host memory    {_resource(cost.host_memory)}; Python's packages take some 600 MB more",
+        f"  host memory    {_resource(cost.host_memory)}; Python's packages come on top (600 MB, more with CUDA)",
     ]
     if cost.device_memory is not None:
         lines.append(f"  device memory  {_resource(cost.device_memory)}")
