@@ -57,7 +57,7 @@ def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
 def test_memory_is_said_to_be_beside_the_packages(tmp_path: Path) -> None:
     code, out, _ = run(write_config(tmp_path))
     (line,) = (line for line in out.splitlines() if line.lstrip().startswith("host memory"))
-    assert code == 0 and line.endswith("free; Python's packages come on top (600 MB, more with CUDA)")
+    assert code == 0 and line.endswith("; Python's packages come on top (600 MB, more with CUDA)")
 
 
 def test_a_context_that_fits_nowhere(tmp_path: Path) -> None:
